@@ -1,0 +1,3 @@
+"""DAPO (arXiv 2503.14476) on Megatron-core policies and vLLM rollouts."""
+
+__version__ = "0.1.0"

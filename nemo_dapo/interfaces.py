@@ -1,0 +1,91 @@
+"""The five interfaces between rooms, as structural Protocols: an object that has the methods fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from nemo_dapo.types import Prompt, Sample, SamplingParams, TrainBatch, Verdict
+
+if TYPE_CHECKING:
+    from nemo_dapo.batching import MicroBatch
+
+LossFn = Callable[[Tensor, Tensor | None, "MicroBatch"], tuple[Tensor, dict[str, Tensor]]]
+"""(logprobs [T], entropy [T] or None, micro-batch) -> (loss summed over its response tokens, sums of metrics)."""
+
+RewardFn = Callable[[Prompt, str], Verdict]
+"""(prompt, response text) -> Verdict; may be a coroutine function."""
+
+
+class NonFiniteGradientError(RuntimeError):
+    """An update was refused: `ranks` held a non-finite gradient, `sequences` a non-finite log-probability or advantage."""
+
+    def __init__(self, grad_norm: float, ranks: Sequence[int], sequences: Sequence[int]) -> None:
+        self.grad_norm, self.ranks, self.sequences = grad_norm, list(ranks), list(sequences)
+        super().__init__(
+            f"gradient norm {grad_norm}: non-finite gradient on ranks {self.ranks}, non-finite log-probability or "
+            f"advantage in sequences {self.sequences} of the mini-batch; the weights were left as they were"
+        )
+
+
+class Policy(Protocol):
+    """The model that is trained. Every method is collective: all ranks call it, in the same order."""
+
+    def logprobs(self, batch: TrainBatch) -> Tensor:
+        """Log-probability of every token of `batch` given the ones before it: [T] float32 on the host, the same on every
+        rank, aligned with `batch.tokens`; 0 on prompt tokens."""
+        ...
+
+    def reference_logprobs(self, batch: TrainBatch) -> Tensor:
+        """The same under the frozen reference model, which exists only with a KL term."""
+        ...
+
+    def update(
+        self, batch: TrainBatch, loss_fn: LossFn, old_logprobs: Tensor | None, ref_logprobs: Tensor | None = None
+    ) -> dict[str, float]:
+        """One optimizer step on `batch`; the loss is divided once by its number of response tokens. `old_logprobs` [T]
+        None means theta_old = theta (the first update of a rollout step). Raises NonFiniteGradientError on every rank."""
+        ...
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter once, by its Hugging Face name, full and unsharded, on every rank."""
+        ...
+
+    def save(self, path: Path) -> None: ...
+
+    def load(self, path: Path) -> None: ...
+
+
+class RolloutEngine(Protocol):
+    """The model that samples. Lives on rank 0."""
+
+    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]: ...
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
+
+    def sleep(self) -> None: ...
+
+    def wake_up(self) -> None: ...
+
+
+class Rewarder(Protocol):
+    """Scores the samples of one prompt; an error of the verifier is a Verdict with `error`, never an exception."""
+
+    async def score(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]: ...
+
+
+class PromptLoader(Protocol):
+    """Endless, seeded, reshuffled each epoch; `state_dict` restores the exact position."""
+
+    def next(self) -> Prompt: ...
+
+    def record(self, uid: str, correct: int, attempts: int) -> None:
+        """What became of one visit of a problem."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
