@@ -1,0 +1,281 @@
+"""Options: composed as the entry composes them, checked before anything starts, and every error with its remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_dapo import config as schema
+from nemo_dapo import entry
+from nemo_dapo.config import OverlongConfig, RunConfig, validate
+
+CONF = Path(__file__).parents[1] / "conf"
+MODEL = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    return folder
+
+
+@pytest.fixture
+def command(model: Path) -> list[str]:
+    return ["experiment=demo", f"model.path={model}"]
+
+
+@pytest.fixture(autouse=True)
+def _schema() -> None:
+    schema.register()
+
+
+def compose(*arguments: str, name: str = "config") -> RunConfig:
+    run = entry.composed(CONF / f"{name}.yaml", list(arguments))
+    assert run is not None
+    return run
+
+
+def complaint(*arguments: str, world_size: int = 1) -> str:
+    """What a command line is refused with."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is what the callers look at
+        validate(compose(*arguments), world_size)
+    return str(caught.value)
+
+
+def test_the_defaults_are_the_papers() -> None:
+    run = compose("model.path=somewhere")
+    a, o, r = run.algorithm, run.optimizer, run.rollout
+    assert (a.clip_low, a.clip_high, a.group_size, a.prompts_per_step, a.kl_coeff) == (0.2, 0.28, 16, 512, 0.0)
+    assert (o.lr, o.weight_decay, o.clip_grad) == (1e-6, 0.1, 1.0)
+    assert (r.temperature, r.top_p, r.max_response_length) == (1.0, 1.0, 20480)
+    assert (run.reward.overlong, run.reward.correct, run.reward.incorrect) == (OverlongConfig(4096, 1.0), 1.0, -1.0)
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+@pytest.mark.parametrize("parallel", ["single", "tp2", "pp2", "tp2pp2"])
+def test_every_experiment_and_layout_is_valid(experiment: str, parallel: str, model: Path) -> None:
+    validate(compose(f"experiment={experiment}", f"parallel={parallel}", f"model.path={model}"), world_size=4)
+
+
+@pytest.mark.parametrize(
+    "group",
+    sorted(
+        f"{path.parent.name}={path.stem}"
+        for path in CONF.glob("*/*.yaml")
+        if path.parent.name not in ("experiment", "parallel")
+    ),
+)
+def test_every_group_composes(group: str) -> None:
+    compose(group, "model.path=somewhere")
+
+
+def test_the_configuration_of_the_evaluation_composes() -> None:
+    run = compose("model.path=m", "+data.eval.mine={format: columns, path: mine.jsonl}", name="evaluate")
+    assert run.data.eval["mine"].path == "mine.jsonl"
+    assert (run.evaluation.samples, run.evaluation.top_p) == (32, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("algorithm.group_sise=4", ["algorithm.group_sise", "did you mean group_size?"]),
+        ("algoritm.group_size=4", ["algoritm", "'RunConfig'", "did you mean algorithm?"]),
+        ("+rollout.max_promt_length=4", ["rollout.max_promt_length", "did you mean max_prompt_length?"]),
+        ("+data.train.mine={format: columns, paht: x}", ["data.train.mine.paht", "did you mean path?"]),
+        ("zzz=1", ["zzz", "'RunConfig'"]),
+        ("algorithm.group_size=many", ["algorithm.group_size", "'many'", "Integer"]),
+        ("model.precision=fp64", ["model.precision", "fp64", "bf16, fp32"]),
+        ("+data.train.mine={format: csv, path: x}", ["data.train.mine.format", "csv", "columns"]),
+        ("experiment=demoo", ["experiment/demoo", "demo"]),
+        ("trainer.max_steps=[1", ["trainer.max_steps=[1"]),
+    ],
+)
+def test_a_bad_argument_is_named_in_one_line(argument: str, parts: list[str], command: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        compose(*command, argument)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_a_right_key_with_a_wrong_type_is_not_called_misspelt(command: list[str]) -> None:
+    with pytest.raises(ValueError, match="group_size") as caught:
+        compose(*command, "algorithm.group_size=many")
+    assert "did you mean" not in str(caught.value)
+
+
+def test_a_model_that_was_not_named_is_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"model\.path"):
+        compose()
+
+
+# Every check between options: arguments beside the demo's, and what the message must hold: value, expectation, remedy.
+CONTRADICTIONS = {
+    "minibatch": (
+        ["algorithm.minibatch_size=7", "algorithm.prompts_per_step=2", "algorithm.group_size=4"],
+        ["algorithm.minibatch_size=7", "must divide prompts_per_step * group_size", "2 * 4 = 8"],
+    ),
+    "no minibatch": (["algorithm.minibatch_size=0"], ["algorithm.minibatch_size=0", "must divide"]),
+    "no prompts": (["algorithm.prompts_per_step=0"], ["algorithm.prompts_per_step=0", "at least 1"]),
+    "group of one": (["algorithm.group_size=1"], ["algorithm.group_size=1", "at least 2"]),
+    "clip low": (["algorithm.clip_low=0"], ["algorithm.clip_low=0", "positive", "0.2 and 0.28"]),
+    "clip high": (["algorithm.clip_high=-1"], ["algorithm.clip_high=-1", "positive", "0.2 and 0.28"]),
+    "dual clip": (["algorithm.dual_clip=0.5"], ["algorithm.dual_clip=0.5", "exceed 1", "or be null"]),
+    "attempts": (["algorithm.max_attempts=0.5"], ["algorithm.max_attempts=0.5", "at least 1 times"]),
+    "cap": (["algorithm.importance_cap=0.5"], ["algorithm.importance_cap=0.5", "at least 1, or 0"]),
+    "kl": (["algorithm.kl_coeff=-1"], ["algorithm.kl_coeff=-1", "not be negative"]),
+    "microbatch": (
+        ["trainer.tokens_per_microbatch=79"],
+        ["trainer.tokens_per_microbatch=79", "must hold one sequence", "= 80"],
+    ),
+    "overlong": (
+        ["reward.overlong.buffer=65"],
+        ["reward.overlong.buffer=65", "rollout.max_response_length=64", "set it to 0"],
+    ),
+    "model length": (
+        ["rollout.vllm.max_model_len=79"],
+        ["rollout.vllm.max_model_len=79", "must hold max_prompt_length + max_response_length = 80"],
+    ),
+    "model length in words": (
+        ["rollout.vllm.max_model_len=32k"],
+        ["rollout.vllm.max_model_len='32k'", "whole number", "80"],
+    ),
+    "evaluation length": (
+        ["evaluation.max_response_length=81"],
+        ["evaluation.max_response_length=81", "servers' 96 tokens", "rollout.vllm.max_model_len=97"],
+    ),
+    "evaluation length, default": (
+        ["evaluation.max_response_length=65", "rollout.vllm.max_model_len=null"],
+        ["evaluation.max_response_length=65", "servers' 80 tokens", "rollout.vllm.max_model_len=81"],
+    ),
+    "decay": (
+        ["optimizer.decay_steps=10", "optimizer.warmup_steps=10"],
+        ["optimizer.decay_steps=10", "exceed warmup_steps=10", "decay_style=linear"],
+    ),
+    "min lr": (["optimizer.min_lr=1"], ["optimizer.min_lr=1", "between 0 and optimizer.lr=0.00015"]),
+    "greedy": (["rollout.temperature=0"], ["rollout.temperature=0", "must be positive", "all the same"]),
+    "top p": (["rollout.top_p=0.9"], ["rollout.top_p=0.9", "set 1.0 and -1", "algorithm.importance_cap"]),
+    "top k": (["rollout.top_k=20"], ["top_k=20", "set 1.0 and -1", "algorithm.importance_cap"]),
+    "devices": (["rollout.visible_devices=['0','1']"], ["visible_devices has 2", "num_servers=1", "one each"]),
+    "no evaluation set": (["~data.eval.arithmetic"], ["evaluation.every=5", "data.eval is empty", "set it to 0"]),
+    "no training set": (["~data.train.arithmetic"], ["data.train is empty", "data=gsm8k"]),
+    "layout": (["parallel=tp2pp2"], ["1 ranks", "2 * 2", "--nproc-per-node"]),
+    "sequence parallel": (["parallel.sequence_parallel=true"], ["sequence_parallel=true", "there is 1", "to false"]),
+    "export over the model": (
+        ["output_dir=runs/x", "model.path=runs/x/trained"],
+        ["model.path='runs/x/trained'", "writes its trained model", "checkpoint.export=false"],
+    ),
+    "no model": (["model.path=nowhere"], ["model.path='nowhere'", "no config.json", "prepare.py"]),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_contradiction_is_told_with_value_expectation_and_remedy(case: str, command: list[str]) -> None:
+    arguments, parts = CONTRADICTIONS[case]
+    message = complaint(*command, *arguments)
+    for part in parts:
+        assert part in message
+
+
+def test_no_check_between_options_is_without_a_test() -> None:
+    """Each `yield` of a check in config.py is one complaint, provoked above or by the model's sizes below."""
+    source = Path(schema.__file__).read_text()
+    checks = source[source.index("def _check_algorithm") :]
+    complaints = len(re.findall(r"^ +yield (?!from)", checks, re.MULTILINE))
+    by_model_sizes = 2  # a size that does not divide, a head that is too small
+    two_cases_one_yield = {"no minibatch", "clip high", "top k", "evaluation length, default"}
+    assert complaints == len(CONTRADICTIONS.keys() - two_cases_one_yield) + by_model_sizes
+
+
+def test_all_contradictions_are_told_at_once(command: list[str]) -> None:
+    message = complaint(*command, "algorithm.group_size=1", "rollout.temperature=0")
+    assert "algorithm.group_size=1" in message
+    assert "rollout.temperature=0" in message
+
+
+def rewrite(model: Path, **changes: int) -> None:
+    (model / "config.json").write_text(json.dumps(MODEL | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "parallel", "parts"),
+    [
+        ({"num_attention_heads": 3}, "tp2", ["tensor_model_parallel_size=2", "num_attention_heads=3"]),
+        ({"num_key_value_heads": 1}, "tp2", ["tensor_model_parallel_size=2", "num_key_value_heads=1"]),
+        ({"vocab_size": 321}, "tp2", ["tensor_model_parallel_size=2", "vocab_size=321"]),
+        ({"num_hidden_layers": 3}, "pp2", ["pipeline_model_parallel_size=2", "num_hidden_layers=3"]),
+    ],
+)
+def test_a_model_that_the_layout_does_not_divide_is_refused(
+    changes: dict[str, int], parallel: str, parts: list[str], model: Path, command: list[str]
+) -> None:
+    rewrite(model, **changes)
+    message = complaint(*command, f"parallel={parallel}", world_size=2)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("changes", [{"head_dim": 16}, {"num_attention_heads": 8}])
+def test_heads_too_small_for_vllm_are_refused_without_cuda_alone(
+    changes: dict[str, int], model: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrite(model, **changes)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "head_dim=16 must be at least 32" in complaint(*command)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    validate(compose(*command), world_size=1)
+
+
+def test_a_request_for_anything_but_one_run_is_left_to_hydra() -> None:
+    assert entry.composed(CONF / "config.yaml", ["--cfg", "job"]) is None
+    assert entry.composed(CONF / "config.yaml", ["--help"]) is None
+
+
+def refused(check: Callable[[RunConfig], None], *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Exit code of the entry for a command line that it refuses; hydra_runner is never reached."""
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        entry.start(lambda cfg: pytest.fail("started"), CONF / "config.yaml", ("torch",), check)
+    return int(str(caught.value.code))
+
+
+def test_the_entry_refuses_with_one_line_and_exit_code_two(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(os.environ, "RANK", raising=False)
+    assert refused(lambda run: None, *command, "algorithm.group_sise=4", monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: algorithm.group_sise")
+    assert error.count("\n") == 1
+
+
+def test_of_many_ranks_that_find_the_same_only_the_first_speaks(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert refused(lambda run: None, *command, "algorithm.group_sise=4", monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interpreter_for_vllm_that_does_not_exist_is_refused(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(os.environ, "RANK", raising=False)
+    arguments = [*command, "rollout.python=/nowhere/python"]
+    assert refused(lambda run: None, *arguments, monkeypatch=monkeypatch) == 2
+    assert "rollout.python='/nowhere/python' is no program" in capsys.readouterr().err
