@@ -1,0 +1,362 @@
+"""RewardPool: verdicts from killable child processes, in order, with a time and a memory limit for every item.
+
+    score(group) -> gate (bounded in flight) -> queue of units -> one thread a worker -> worker process -> verdicts
+
+A unit is one call of the reward function: a sample, or a whole group where the function wants one. Several units travel in
+one message; the worker answers each as it is done, so when it hangs or dies the first unanswered unit is the guilty one:
+it gets a Verdict with `error`, the rest go back to the queue, and a spare worker, started beforehand, takes the lane.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from nemo_dapo.config import RewardConfig, RewardStyle
+from nemo_dapo.rewards.extract import MAX_TAIL
+from nemo_dapo.rewards.process import ItemTimeoutError, WorkerLostError, WorkerProcess
+from nemo_dapo.types import Prompt, Sample, Verdict
+
+VERIFIERS = {RewardStyle.math: "nemo_dapo.rewards.math:verify", RewardStyle.dapo: "nemo_dapo.rewards.math_dapo:verify"}
+START_TIMEOUT = 180.0  # seconds until all workers must be ready: sympy's import costs 2 s of a core each
+_MAX_UNITS = 32  # in one message
+_MAX_CHARACTERS = 1 << 21  # in one message
+_PENDING_PER_WORKER = 128  # units in flight: enough to keep every worker busy, bounded in memory
+_AFTER_KILL = 5.0  # seconds until a lane whose worker was killed has noticed
+_MAX_LOSSES = 2  # workers that may die on one unit
+
+
+@dataclass
+class _Job:
+    """One group being scored."""
+
+    verdicts: list[Verdict | None]
+    remaining: int
+    units: int
+    future: Future[list[Verdict]] = field(default_factory=Future)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass
+class _Unit:
+    """One call of the reward function: `size` samples of `job` from `first` on, as JSON."""
+
+    job: _Job
+    first: int
+    size: int
+    payload: str
+    losses: int = 0  # workers that were lost while this was their first unanswered unit
+
+
+class RewardPool:
+    """Scores groups in `workers` child processes; usable from any thread and any asyncio loop, also one after another.
+
+    `timeout` is in seconds for one call, `memory_mb` the address space of one worker (0 = unlimited). `extra` holds
+    (name, function, weight). Raises ValueError for a function that cannot be used, RuntimeError when no worker starts.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        *,
+        workers: int = 8,
+        timeout: float = 10.0,
+        memory_mb: int = 2048,
+        answer_patterns: Sequence[str] = (),
+        extra: Sequence[tuple[str, str, float]] = (),
+        correct: float = 1.0,
+        incorrect: float = -1.0,
+    ) -> None:
+        if workers < 1 or timeout <= 0:
+            raise ValueError(f"reward.workers={workers}, reward.timeout={timeout}: both must be above 0; raise them")
+        self.timeout = timeout
+        self.counts: Counter[str] = Counter()  # scored, and verifier errors by kind
+        self._setup = {
+            "function": function, "answer_patterns": list(answer_patterns), "timeout": timeout, "memory_mb": memory_mb,
+            "extra": [list(term) for term in extra], "correct": correct, "incorrect": incorrect,
+            "warm": function == VERIFIERS[RewardStyle.math],
+        }  # fmt: skip
+        self._tail = MAX_TAIL if function in VERIFIERS.values() and not extra else None
+        self._gate = _Gate(workers * _PENDING_PER_WORKER)
+        self._queue = _Queue(workers)
+        self._lock = threading.Lock()
+        self._live: set[WorkerProcess] = set()
+        self._spare: WorkerProcess | None = None
+        self._ready: list[Future[bool]] = [Future() for _ in range(workers)]
+        self._lanes = [threading.Thread(target=self._lane, args=(ready,), daemon=True) for ready in self._ready]
+        self._groups = self._start()
+
+    @classmethod
+    def from_config(cls, config: RewardConfig) -> RewardPool:
+        """The pool that `config` asks for."""
+        return cls(
+            config.function or VERIFIERS[config.style],
+            workers=config.workers,
+            timeout=config.timeout,
+            memory_mb=config.memory_mb,
+            answer_patterns=config.answer_patterns,
+            extra=[(name, term.function, term.weight) for name, term in config.extra.items()],
+            correct=config.correct,
+            incorrect=config.incorrect,
+        )
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    async def score(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
+        """One verdict a sample, in order; waits while too much is in flight."""
+        return await self.score_texts(prompt, [sample.text for sample in samples])
+
+    async def score_texts(self, prompt: Prompt, texts: Sequence[str]) -> list[Verdict]:
+        """As `score`, on response texts."""
+        if not texts:
+            return []
+        units = 1 if self._groups else len(texts)
+        admission = self._gate.enter(units)
+        try:
+            await asyncio.wrap_future(admission)
+        except asyncio.CancelledError:
+            if admission.done() and not admission.cancelled():
+                self._gate.leave(units)
+            raise
+        return await asyncio.wrap_future(self._submit(prompt, texts, units).future)
+
+    def score_all(self, groups: Sequence[tuple[Prompt, Sequence[str]]]) -> list[list[Verdict]]:
+        """Score many groups at once and wait: for scripts and evaluation."""
+
+        async def gather() -> list[list[Verdict]]:
+            return await asyncio.gather(*(self.score_texts(prompt, texts) for prompt, texts in groups))
+
+        return asyncio.run(gather())
+
+    def close(self, timeout: float = 5.0) -> None:
+        """End every worker within about `timeout` seconds; what is unfinished gets `error: closed`. May be called twice."""
+        deadline = time.monotonic() + timeout
+        self._queue.close()
+        for thread in self._lanes:
+            if thread.is_alive():
+                thread.join(max(deadline - time.monotonic(), 0))
+        with self._lock:
+            stuck = list(self._live)
+        for worker in stuck:
+            worker.abort()
+        for thread in self._lanes:
+            if thread.is_alive():
+                thread.join(_AFTER_KILL)
+        if self._spare:
+            self._spare.kill()
+        for unit in self._queue.drain():
+            self._finish(unit, "closed: the reward pool was closed")
+
+    def _submit(self, prompt: Prompt, texts: Sequence[str], units: int) -> _Job:
+        job = _Job([None] * len(texts), units, units)
+        head = self._prompt_json(prompt)
+        cut = [text[-self._tail :] for text in texts] if self._tail else list(texts)
+        if self._groups:
+            self._queue.put([_Unit(job, 0, len(cut), f"[{head},{json.dumps(cut)}]")])
+        else:
+            self._queue.put([_Unit(job, i, 1, f"[{head},[{json.dumps(text)}]]") for i, text in enumerate(cut)])
+        return job
+
+    def _prompt_json(self, prompt: Prompt) -> str:
+        """What the worker needs of a prompt: the verifiers only its answer, a user's function all but the token ids."""
+        short = {"uid": prompt.uid, "problem": "", "ground_truth": prompt.ground_truth}
+        long = short | {"problem": prompt.problem, "source": prompt.source, "metadata": prompt.metadata}
+        return json.dumps(short if self._tail else long, default=str)
+
+    def _start(self) -> bool:
+        """Start every lane; True when the function scores whole groups."""
+        for lane in self._lanes:
+            lane.start()
+        try:
+            answers = [future.result(START_TIMEOUT) for future in self._ready]
+            return all(answers)
+        except BaseException:
+            self.close(0)
+            raise
+
+    def _lane(self, ready: Future[bool]) -> None:
+        """The life of one worker thread. It starts its own processes: on Linux they end with the thread that did."""
+        worker: WorkerProcess | None = None
+        try:
+            worker = self._launch()
+            groups = worker.wait_ready(START_TIMEOUT)
+            if ready is self._ready[0]:
+                self._spare = self._launch()
+            ready.set_result(groups)
+        except (ValueError, WorkerLostError, OSError) as error:
+            kind = ValueError if isinstance(error, ValueError) else RuntimeError
+            ready.set_exception(kind(str(error)))
+            return
+        while (units := self._queue.take()) is not None:
+            worker = self._work(worker, units)
+        if worker:
+            worker.close(1.0)
+
+    def _work(self, worker: WorkerProcess | None, units: list[_Unit]) -> WorkerProcess | None:
+        """Score `units`; returns the worker that is alive afterwards, None when none could be started."""
+        pending = deque(units)
+        try:
+            worker = worker or self._replacement()
+            worker.send(f"[{','.join(unit.payload for unit in pending)}]\n".encode(), self.timeout)
+            while pending:
+                self._finish(pending[0], worker.receive(self.timeout))
+                pending.popleft()
+            return worker
+        except (WorkerLostError, ValueError, TypeError, OSError) as error:
+            self._blame(pending, error)
+            return self._discard(worker)
+
+    def _blame(self, pending: deque[_Unit], error: Exception) -> None:
+        """Give the first unanswered unit its error, and the others back to the queue.
+
+        One that ran out of time is guilty. One whose worker died may not be (the kernel kills too, and a worker may end
+        before it reads): it is tried once more.
+        """
+        first = pending[0]
+        first.losses += 1
+        if isinstance(error, ItemTimeoutError) or first.losses >= _MAX_LOSSES or self._queue.closed:
+            known = isinstance(error, WorkerLostError)
+            self._finish(first, str(error) if known else f"died: no usable worker: {type(error).__name__}: {error}")
+            pending.popleft()
+        self._queue.put_back(pending)
+
+    def _discard(self, worker: WorkerProcess | None) -> WorkerProcess | None:
+        """The worker in place of one that is lost; None when none starts, to be tried again at the next unit."""
+        if worker:
+            worker.kill()
+            with self._lock:
+                self._live.discard(worker)
+        if self._queue.closed:
+            return None
+        self.counts["respawned"] += 1
+        try:
+            return self._replacement()
+        except (WorkerLostError, ValueError, OSError):
+            return None  # the next unit tries again, and reports it
+
+    def _replacement(self) -> WorkerProcess:
+        """The spare, or a fresh worker, ready; and a new spare on its way."""
+        with self._lock:
+            worker, self._spare = self._spare, None
+        worker = worker or self._launch()
+        spare = self._launch()
+        with self._lock:
+            self._spare, surplus = (spare, None) if self._spare is None else (self._spare, spare)
+        if surplus:
+            surplus.kill()
+        worker.wait_ready(START_TIMEOUT)
+        return worker
+
+    def _launch(self) -> WorkerProcess:
+        worker = WorkerProcess(self._setup)
+        with self._lock:
+            self._live.add(worker)
+        return worker
+
+    def _finish(self, unit: _Unit, outcome: list[Verdict] | str) -> None:
+        """Store a unit's verdicts, or the error that is its verdict, and resolve its group when it was the last."""
+        verdicts = [Verdict(correct=False, error=outcome)] * unit.size if isinstance(outcome, str) else outcome
+        job = unit.job
+        with job.lock:
+            job.verdicts[unit.first : unit.first + unit.size] = verdicts
+            job.remaining -= 1
+            done = job.remaining == 0
+            self.counts["scored"] += unit.size
+            self.counts.update(v.error.partition(":")[0] for v in verdicts if v.error)
+        if done:
+            self._gate.leave(job.units)
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_result([v for v in job.verdicts if v is not None])
+
+
+class _Queue:
+    """Units in submission order, handed out in shares that keep all `workers` busy."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.closed = False
+        self._units: deque[_Unit] = deque()
+        self._changed = threading.Condition()
+
+    def put(self, units: Sequence[_Unit]) -> None:
+        with self._changed:
+            if self.closed:
+                raise RuntimeError("the reward pool is closed; build a new RewardPool")
+            self._units.extend(units)
+            self._changed.notify(len(units))
+
+    def put_back(self, units: deque[_Unit]) -> None:
+        """Return units to the front, whatever the state: `drain` finds them after the end."""
+        with self._changed:
+            self._units.extendleft(reversed(units))
+            self._changed.notify(len(units))
+
+    def take(self) -> list[_Unit] | None:
+        """The next share, None once closed."""
+        with self._changed:
+            while not self._units and not self.closed:
+                self._changed.wait(1.0)
+            if self.closed:
+                return None
+            count = min(_MAX_UNITS, math.ceil(len(self._units) / self.workers))
+            share = [self._units.popleft()]
+            size = len(share[0].payload)
+            while len(share) < count and (size := size + len(self._units[0].payload)) < _MAX_CHARACTERS:
+                share.append(self._units.popleft())
+            return share
+
+    def close(self) -> None:
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+    def drain(self) -> list[_Unit]:
+        with self._changed:
+            units = list(self._units)
+            self._units.clear()
+            return units
+
+
+class _Gate:
+    """Admits at most `capacity` units at a time, first come, first served; a larger group enters alone."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._inside = 0
+        self._waiting: deque[tuple[int, Future[None]]] = deque()
+        self._lock = threading.Lock()
+
+    def enter(self, units: int) -> Future[None]:
+        """A future that resolves when `units` are admitted; cancel it to stop waiting."""
+        ticket: Future[None] = Future()
+        with self._lock:
+            self._waiting.append((units, ticket))
+        self._admit()
+        return ticket
+
+    def leave(self, units: int) -> None:
+        with self._lock:
+            self._inside -= units
+        self._admit()
+
+    def _admit(self) -> None:
+        admitted = []
+        with self._lock:
+            while self._waiting and (self._inside == 0 or self._inside + self._waiting[0][0] <= self.capacity):
+                units, ticket = self._waiting.popleft()
+                if ticket.set_running_or_notify_cancel():
+                    self._inside += units
+                    admitted.append(ticket)
+        for ticket in admitted:  # outside the lock: callbacks run here
+            ticket.set_result(None)

@@ -1,0 +1,105 @@
+"""The child process that runs reward functions: `python -m nemo_dapo.rewards.worker`, JSON lines in and out.
+
+    first line in    {"function", "answer_patterns", "timeout", "memory_mb", "extra", "correct", "incorrect", "parent",
+                      "warm"}
+    first line out   {"ready": pid, "group": whether one call scores a whole group} or {"refused": why}
+    then             [[prompt, [text, …]], …]  ->  one line of verdicts a unit, as soon as it is done
+
+Everything runs on the main thread, so that alarms inside libraries work. The process ends when its input does, and, on
+Linux, with the thread that started it, even while a function runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+from typing import Any, TextIO
+
+from nemo_dapo.rewards.function import GroupReward, is_group_function, load, with_terms
+from nemo_dapo.types import Prompt, Verdict
+
+_PR_SET_PDEATHSIG = 1
+_MAX_DIGITS = 4300  # of an integer turned into text or read from one: Python's own default against quadratic time
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a function prints must not become a verdict
+    line = sys.stdin.readline()
+    if not line:
+        return
+    setup = json.loads(line)
+    _end_with_parent(setup["parent"])
+    _limit(setup["memory_mb"])
+    try:
+        score = _build(setup)
+    except ValueError as error:
+        print(json.dumps({"refused": str(error)}), file=replies)
+        return
+    print(json.dumps({"ready": os.getpid(), "group": _scores_groups(setup)}), file=replies)
+    serve(score, sys.stdin, replies)
+
+
+def serve(score: GroupReward, requests: TextIO, replies: TextIO) -> None:
+    """Answer units until the input ends."""
+    for line in requests:
+        for prompt, texts in json.loads(line):
+            verdicts = _score(score, Prompt(token_ids=(), **prompt), texts)
+            replies.write(json.dumps([_packed(verdict) for verdict in verdicts]) + "\n")
+
+
+def _score(score: GroupReward, prompt: Prompt, texts: list[str]) -> list[Verdict]:
+    try:
+        return score(prompt, texts)
+    except MemoryError:
+        return [Verdict(correct=False, error="memory: the limit reward.memory_mb was reached")] * len(texts)
+
+
+def _packed(verdict: Verdict) -> list[Any]:
+    return [bool(verdict.correct), verdict.extracted, verdict.error, verdict.score]
+
+
+def _build(setup: dict[str, Any]) -> GroupReward:
+    options = {"timeout": setup["timeout"]}
+    decide = load(setup["function"], answer_patterns=setup["answer_patterns"], **options)
+    terms = [(name, weight, load(function, **options)) for name, function, weight in setup["extra"]]
+    if setup["warm"]:
+        _warm_up()
+    return with_terms(decide, terms, setup["correct"], setup["incorrect"])
+
+
+def _scores_groups(setup: dict[str, Any]) -> bool:
+    return any(
+        is_group_function(spec) for spec in [setup["function"], *(function for _, function, _ in setup["extra"])]
+    )
+
+
+def _warm_up() -> None:
+    """Pay for sympy's and the grammar's start (2 s) here, not within the first item's time limit."""
+    from nemo_dapo.rewards.compare import equal
+
+    for answer, truth in ((r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"), (r"x<5", r"5>x"), (r"x\in[2,3]", "[2,3]")):
+        equal(answer, truth)
+
+
+def _limit(memory_mb: int) -> None:
+    if memory_mb:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.set_int_max_str_digits(_MAX_DIGITS)
+
+
+def _end_with_parent(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle: it closes the pool
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        raise SystemExit("the trainer ended before its reward worker had started")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""The pool: order, limits, respawn, blame, back-pressure, ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from hostile_answers import TRUTH, hostile_responses
+
+from nemo_dapo.config import RewardConfig, RewardStyle, RewardTermConfig
+from nemo_dapo.rewards.pool import RewardPool
+from nemo_dapo.rewards.shaping import score_of
+from nemo_dapo.types import Prompt, Sample, Verdict
+
+pytestmark = pytest.mark.slow
+
+PROMPT = Prompt(uid="u", token_ids=(1, 2), problem="What is 3 + 4?", ground_truth="7", metadata={"level": 1})
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RewardPool]:
+    # 2 s: far above what any well-behaved item here takes on a busy machine, short enough for the ones that hang.
+    with RewardPool("reward_functions:misbehave", workers=2, timeout=2.0, memory_mb=1024) as pool:
+        yield pool
+
+
+def score(pool: RewardPool, *texts: str) -> list[Verdict]:
+    return asyncio.run(pool.score_texts(PROMPT, texts))
+
+
+def test_verdicts_come_in_the_order_of_the_samples(pool: RewardPool) -> None:
+    samples = [Sample((1,), (0.0,), text, "stop") for text in ("7", "8", "7", "9") * 20]
+    verdicts = asyncio.run(pool.score(PROMPT, samples))
+    assert [v.correct for v in verdicts] == [True, False, True, False] * 20
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("hang", "timeout: more than 2 s"),
+        ("spin without signals", "timeout: more than 2 s"),
+        ("segfault", "died: the worker ended by SIGSEGV"),
+        ("exit", "died: the worker ended with exit code 3"),
+        ("memory", "memory: MemoryError"),
+        ("raise", "exception: KeyError: 'missing'"),
+    ],
+)
+def test_only_the_guilty_item_of_a_batch_gets_an_error(pool: RewardPool, text: str, error: str) -> None:
+    kind = error.partition(":")[0]
+    before = pool.counts[kind]
+    verdicts = score(pool, "7", "8", text, "7", "8", "7")
+    assert [v.correct for v in verdicts] == [True, False, False, True, False, True]
+    assert [v.error is not None for v in verdicts] == [False, False, True, False, False, False]
+    assert verdicts[2].error is not None
+    assert verdicts[2].error.startswith(error)
+    assert pool.counts[kind] == before + 1
+
+
+def test_what_a_function_prints_is_no_verdict(pool: RewardPool) -> None:
+    assert [v.correct for v in score(pool, "print", "7")] == [False, True]
+
+
+def test_a_worker_killed_from_outside_costs_no_verdict(pool: RewardPool) -> None:
+    pid = int(score(pool, "pid")[0].extracted or 0)
+    os.kill(pid, signal.SIGKILL)
+    # An idle worker that dies has met no item: nobody is blamed.
+    assert [v.error for v in score(pool, *["7"] * 64)] == [None] * 64
+
+
+def test_one_pool_serves_many_event_loops_and_threads(pool: RewardPool) -> None:
+    results: list[list[Verdict]] = []
+    threads = [threading.Thread(target=lambda: results.append(score(pool, *["7"] * 16))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [[v.correct for v in verdicts] for verdicts in results] == [[True] * 16] * 4
+
+
+def test_more_than_fits_in_flight_is_scored_all_the_same(pool: RewardPool) -> None:
+    groups = [(PROMPT, ["7", "8"] * 20)] * 50  # 2,000 units, 256 of which are admitted at a time
+    assert [sum(v.correct for v in verdicts) for verdicts in pool.score_all(groups)] == [20] * 50
+
+
+def test_a_cancelled_group_leaves_the_pool_usable(pool: RewardPool) -> None:
+    async def cancel() -> None:
+        task = asyncio.ensure_future(pool.score_texts(PROMPT, ["hang"]))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    assert score(pool, "7")[0].correct
+
+
+def test_a_closed_pool_refuses_and_leaves_no_process() -> None:
+    pool = RewardPool("reward_functions:misbehave", workers=1)
+    pid = int(score(pool, "pid")[0].extracted or 0)
+    pool.close()
+    assert not Path(f"/proc/{pid}").exists()
+    with pytest.raises(RuntimeError, match="closed"):
+        score(pool, "7")
+
+
+def test_closing_during_a_hang_ends_within_the_deadline() -> None:
+    pool = RewardPool("reward_functions:misbehave", workers=1, timeout=600)
+    found: list[list[Verdict]] = []
+    thread = threading.Thread(target=lambda: found.append(score(pool, "hang", "7")))
+    thread.start()
+    time.sleep(0.5)  # normally the item hangs by then; still queued it must end as well
+    pool.close(timeout=0.5)
+    thread.join(30)
+    assert [v.error is not None for v in found[0]] == [True, True]
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    script = (
+        "import asyncio, os, sys, time; from nemo_dapo.rewards.pool import RewardPool; from nemo_dapo.types import Prompt\n"
+        "pool = RewardPool('reward_functions:misbehave', workers=2, timeout=600)\n"
+        "print(asyncio.run(pool.score_texts(Prompt('u', (), '', '7'), ['pid']))[0].extracted, flush=True)\n"
+        "asyncio.run(pool.score_texts(Prompt('u', (), '', '7'), ['hang'] * 4))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, f"worker {pid} outlived its parent"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "verdicts"),
+    [
+        ("matches", ["7", "8"], [Verdict(True), Verdict(False)]),
+        ("matches_later", ["7", "8"], [Verdict(True), Verdict(False)]),
+        ("length", ["", "abc"], [Verdict(False, score=0.0), Verdict(True, score=3.0)]),
+        ("rank", ["aa", "a", "aaa"], [Verdict(True, score=1.0), Verdict(False, score=0.0), Verdict(True, score=2.0)]),
+    ],
+)
+def test_a_plain_function_works_by_its_name(name: str, texts: list[str], verdicts: list[Verdict]) -> None:
+    with RewardPool(f"reward_functions:{name}", workers=1) as pool:
+        assert score(pool, *texts) == verdicts
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("too_few", "1 verdicts for 2 responses"), ("nonsense", "expected a Verdict, a bool")]
+)
+def test_a_function_that_returns_nonsense_is_an_error(name: str, error: str) -> None:
+    with RewardPool(f"reward_functions:{name}", workers=1) as pool:
+        for verdict in score(pool, "1", "2"):
+            assert verdict.error is not None
+            assert error in verdict.error
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("reward_functions:absent", "has no function 'absent'"),
+        ("no_such_module_here:f", "ModuleNotFoundError"),
+        ("reward_functions", r"expected package\.module:name"),
+        ("reward_functions:not_enough", r"expected \(prompt, response\)"),
+    ],
+)
+def test_a_bad_name_fails_at_the_start(function: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RewardPool(function, workers=1)
+
+
+def test_extra_terms_add_to_the_score_and_never_to_the_verdict() -> None:
+    config = RewardConfig(function="reward_functions:matches", workers=1)
+    config.extra = {"length": RewardTermConfig("reward_functions:length", weight=0.5)}
+    with RewardPool.from_config(config) as pool:
+        right, wrong = score(pool, "7", "eight")
+    assert (right.correct, score_of(right, config)) == (True, 1.0 + 0.5 * 1)
+    assert (wrong.correct, score_of(wrong, config)) == (False, -1.0 + 0.5 * 5)
+
+
+def test_a_verdict_without_score_is_worth_the_configured_constants_and_an_error_nothing() -> None:
+    config = RewardConfig(correct=2.0, incorrect=-3.0)
+    assert (score_of(Verdict(True), config), score_of(Verdict(False), config)) == (2.0, -3.0)
+    with pytest.raises(ValueError, match="verifier_error"):
+        score_of(Verdict(False, error="timeout: 1 s"), config)
+
+
+class Service(BaseHTTPRequestHandler):
+    """A reward service whose first answers are `failures`, then verdicts by equality with the ground truth."""
+
+    failures: list[int] = []  # noqa: RUF012
+    calls = 0
+
+    def do_POST(self) -> None:
+        type(self).calls += 1
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.failures:
+            self.send_error(self.failures.pop(0))
+            return
+        verdicts = [{"correct": text == body["ground_truth"], "score": float(len(text))} for text in body["responses"]]
+        reply = json.dumps({"verdicts": verdicts}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.fixture
+def service() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Service)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Service.calls = 0
+    yield f"http://127.0.0.1:{server.server_port}/score"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_remote_reward_is_retried_and_scores_a_group_in_one_call(service: str) -> None:
+    Service.failures = [503, 429]
+    with RewardPool(service, workers=1) as pool:
+        assert score(pool, "7", "11") == [Verdict(True, score=1.0), Verdict(False, score=2.0)]
+    assert Service.calls == 3
+
+
+def test_a_remote_reward_that_refuses_is_an_error_at_once(service: str) -> None:
+    Service.failures = [400]
+    with RewardPool(service, workers=1) as pool:
+        error = score(pool, "7")[0].error
+    assert error is not None
+    assert "400" in error
+    assert Service.calls == 1
+
+
+def test_a_dead_service_is_an_error_within_the_deadline() -> None:
+    with RewardPool("http://127.0.0.1:9/score", workers=1, timeout=1.0) as pool:
+        verdicts = score(pool, "7", "8")
+    assert all(v.error is not None and v.error.startswith("remote: http://127.0.0.1:9/score") for v in verdicts)
+
+
+def test_the_hostile_corpus_kills_no_worker_and_none_of_it_is_correct() -> None:
+    config = RewardConfig(style=RewardStyle.math, workers=2, timeout=30.0)
+    with RewardPool.from_config(config) as pool:
+        prompt = Prompt("u", (), "", TRUTH)
+        responses = hostile_responses()
+        mixed = [text for response in responses for text in (response, f"Answer: {TRUTH}")]
+        verdicts = asyncio.run(pool.score_texts(prompt, mixed))
+    assert [text[:80] for text, v in zip(mixed[::2], verdicts[::2], strict=True) if v.correct] == []
+    assert all(v.correct for v in verdicts[1::2])
+    assert pool.counts["died"] == pool.counts["memory"] == pool.counts["respawned"] == 0
+
+
+def test_from_config_reads_with_the_configured_style_and_patterns() -> None:
+    with RewardPool.from_config(RewardConfig(style=RewardStyle.dapo, workers=1)) as pool:
+        assert [v.correct for v in score(pool, "Answer: 7", r"\boxed{7}", "Answer: 7.0")] == [True, False, False]
+    config = RewardConfig(function="nemo_dapo.rewards.math:verify", answer_patterns=["A: (.*)"], workers=1)
+    with RewardPool.from_config(config) as pool:
+        assert [v.correct for v in score(pool, "A: 7.0", "Answer: 7")] == [True, False]
