@@ -1,0 +1,181 @@
+"""Groups -> one batch -> packed micro-batches, balanced over the data-parallel ranks.
+
+Every rank holds the same `TrainBatch` and computes the same plan, so no rank can come to another number of micro-batches.
+Targets are shifted here, once: every per-token tensor of a micro-batch scores `targets[t]`.
+
+Shapes: B sequences, T packed tokens, S sequences in a micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_dapo.types import Group, TrainBatch
+
+
+@dataclass
+class MicroBatch:
+    """Sequences back to back, with `targets[t] = tokens[t + 1]` inside a sequence.
+
+    Example, one sequence of 2 prompt (p) and 2 response (r) tokens, then one of padding (-):
+
+        tokens    p0 p1 r0 r1 -       [T] int64
+        targets   p1 r0 r1 0  0       [T] int64
+        mask      0  1  1  0  0       [T] bool: targets[t] is a response token
+        sequence  4  4  4  4  -1      [T] int64: position in the TrainBatch
+        cu_seqlens  0 4 5             [S + 1] int32
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    targets: Tensor
+    mask: Tensor
+    sequence: Tensor
+    advantages: Tensor
+    rollout_logprobs: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    cu_seqlens: Tensor
+    max_seqlen: int
+    where: Tensor  # [T] int64: which token of the TrainBatch targets[t] is; -1 where the mask is 0
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """A copy whose tensors lie on `device`."""
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+def make_batch(groups: Sequence[Group], advantages: Tensor) -> TrainBatch:
+    """Concatenate prompts and responses of `groups`; `advantages` [N, G] as Eq. 9 gives them."""
+    samples = [(group.prompt, sample) for group in groups for sample in group.samples]
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    for prompt, sample in samples:
+        tokens += prompt.token_ids
+        tokens += sample.token_ids
+        logprobs += [0.0] * len(prompt.token_ids)
+        logprobs += sample.logprobs
+    return TrainBatch(
+        tokens=torch.tensor(tokens, dtype=torch.int64),
+        lengths=torch.tensor([len(p.token_ids) + len(s.token_ids) for p, s in samples], dtype=torch.int64),
+        prompt_lengths=torch.tensor([len(p.token_ids) for p, s in samples], dtype=torch.int64),
+        rollout_logprobs=torch.tensor(logprobs, dtype=torch.float32),
+        advantages=advantages.flatten().to(torch.float32),
+    )
+
+
+def plan_microbatches(lengths: Sequence[int], *, max_tokens: int, data_parallel_size: int) -> list[list[list[int]]]:
+    """Share sequences out: plan[rank][i] lists the sequences of rank's i-th micro-batch; every rank has as many.
+
+    The longest sequence goes first, each into the emptiest bin (longest-processing-time rule: the fullest bin is at most
+    4/3 of the best possible); the number of bins grows until none exceeds `max_tokens`. Raises ValueError when one
+    sequence alone does.
+    """
+    if lengths and max(lengths) > max_tokens:
+        raise ValueError(
+            f"a sequence of {max(lengths)} tokens exceeds trainer.tokens_per_microbatch={max_tokens}; raise it to at "
+            "least rollout.max_prompt_length + rollout.max_response_length"
+        )
+    per_rank = max(1, -(-sum(lengths) // (max_tokens * data_parallel_size)))
+    while True:
+        bins = _longest_first(lengths, per_rank * data_parallel_size)
+        if max(sum(lengths[i] for i in bin_) for bin_ in bins) <= max_tokens:
+            break
+        per_rank += 1
+    # Full and empty bins alternate over the ranks, so that the ranks' totals are close too.
+    bins.sort(key=lambda bin_: -sum(lengths[i] for i in bin_))
+    plan: list[list[list[int]]] = [[] for _ in range(data_parallel_size)]
+    for i, bin_ in enumerate(bins):
+        lap, rank = divmod(i, data_parallel_size)
+        plan[rank if lap % 2 == 0 else data_parallel_size - 1 - rank].append(sorted(bin_))
+    return plan
+
+
+def _longest_first(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    heap = [(0, i) for i in range(num_bins)]
+    for sequence in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load, i = heapq.heappop(heap)
+        bins[i].append(sequence)
+        heapq.heappush(heap, (load + lengths[sequence], i))
+    return bins
+
+
+def pack(
+    batch: TrainBatch,
+    sequences: Sequence[int],
+    *,
+    multiple_of: int = 1,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+) -> MicroBatch:
+    """Pack `sequences` of `batch` back to back; old_logprobs and ref_logprobs [T_batch] are aligned with `batch.tokens`.
+
+    The tail is filled to a multiple of `multiple_of` tokens (sequence parallelism splits the pack evenly over the tensor-
+    parallel ranks) by a sequence of its own, which no real token attends to. A micro-batch without sequences is all tail:
+    ranks must run the same number of micro-batches, and this one adds nothing to the loss.
+    """
+    ends = torch.cumsum(batch.lengths, 0)
+    spans = [torch.arange(int(ends[i] - batch.lengths[i]), int(ends[i])) for i in sequences]
+    lengths = [len(span) for span in spans]
+    used = sum(lengths)
+    tail = -used % multiple_of if used else multiple_of
+    rows = torch.cat([*spans, torch.zeros(tail, dtype=torch.int64)])
+    is_tail = torch.arange(used + tail) >= used
+
+    # targets[t] is the next token of the same sequence; the last token of a sequence predicts nothing.
+    is_response = torch.cat(
+        [torch.arange(n) >= int(batch.prompt_lengths[i]) for n, i in zip(lengths, sequences, strict=True)]
+        + [torch.zeros(tail, dtype=torch.bool)]
+    )
+    mask = torch.cat([is_response[1:], torch.zeros(1, dtype=torch.bool)])
+    last = torch.tensor(lengths, dtype=torch.int64).cumsum(0) - 1
+    mask[last] = False
+    where = torch.where(mask, torch.cat([rows[1:], rows[:1]]), -1)
+
+    def of_targets(values: Tensor) -> Tensor:
+        return torch.where(mask, values[where.clamp(min=0)], torch.zeros((), dtype=values.dtype))
+
+    sequence = torch.repeat_interleave(
+        torch.tensor([*sequences, -1], dtype=torch.int64), torch.tensor([*lengths, tail], dtype=torch.int64)
+    )
+    boundaries = [*lengths, tail] if tail else lengths
+    return MicroBatch(
+        tokens=torch.where(is_tail, 0, batch.tokens[rows]),
+        positions=torch.cat([torch.arange(n) for n in boundaries]),
+        targets=of_targets(batch.tokens),
+        mask=mask,
+        sequence=sequence,
+        advantages=torch.where(mask, batch.advantages[sequence.clamp(min=0)], 0.0),
+        rollout_logprobs=of_targets(batch.rollout_logprobs),
+        old_logprobs=None if old_logprobs is None else of_targets(old_logprobs),
+        ref_logprobs=None if ref_logprobs is None else of_targets(ref_logprobs),
+        cu_seqlens=torch.tensor([0, *boundaries], dtype=torch.int64).cumsum(0).to(torch.int32),
+        max_seqlen=max(boundaries),
+        where=where,
+    )
+
+
+def scatter_logprobs(microbatches: Sequence[MicroBatch], logprobs: Sequence[Tensor], num_tokens: int) -> Tensor:
+    """Undo the packing: [num_tokens] float32 aligned with `TrainBatch.tokens`, 0 where this rank scored nothing."""
+    out = torch.zeros(num_tokens, dtype=torch.float32)
+    for micro, values in zip(microbatches, logprobs, strict=True):
+        mask = micro.mask.cpu()
+        out[micro.where.cpu()[mask]] = values.detach().float().cpu()[mask]
+    return out
+
+
+def minibatches(batch: TrainBatch, size: int) -> list[Tensor]:
+    """Sequence indices of each optimizer step: consecutive runs of `size`, so that a group stays together; the last run
+    takes what is left when dynamic sampling found fewer groups than asked for."""
+    indices = torch.arange(batch.num_sequences)
+    return list(torch.split(indices, size)) if batch.num_sequences else []

@@ -1,0 +1,195 @@
+"""Groups -> batch -> plan -> packed micro-batches -> log-probabilities back in the batch's order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_dapo.batching import make_batch, minibatches, pack, plan_microbatches, scatter_logprobs
+from nemo_dapo.types import Group, Prompt, Sample, TrainBatch, Verdict
+
+
+def batch_of(lengths: list[int], prompt_lengths: list[int]) -> TrainBatch:
+    """Token t of the whole batch is 100 + t and was sampled with log-probability -t."""
+    total = sum(lengths)
+    return TrainBatch(
+        tokens=torch.arange(100, 100 + total),
+        lengths=torch.tensor(lengths),
+        prompt_lengths=torch.tensor(prompt_lengths),
+        rollout_logprobs=-torch.arange(float(total)),
+        advantages=torch.arange(1.0, len(lengths) + 1),
+    )
+
+
+def sample(tokens: tuple[int, ...], logprobs: tuple[float, ...]) -> Sample:
+    return Sample(token_ids=tokens, logprobs=logprobs, text="", finish_reason="stop")
+
+
+# ------------------------------------------------------------------ make_batch
+
+
+def test_a_batch_lays_prompts_and_responses_back_to_back() -> None:
+    verdicts = (Verdict(True), Verdict(False))
+    groups = [
+        Group(Prompt("a", (1, 2, 3), "", ""), (sample((4, 5), (-0.1, -0.2)), sample((6,), (-0.3,))), verdicts),
+        Group(Prompt("b", (7,), "", ""), (sample((8,), (-0.4,)), sample((9, 10), (-0.5, -0.6))), verdicts),
+    ]
+    batch = make_batch(groups, torch.tensor([[1.0, -1.0], [2.0, -2.0]]))
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8, 7, 9, 10]
+    assert batch.lengths.tolist() == [5, 4, 2, 3]
+    assert batch.prompt_lengths.tolist() == [3, 3, 1, 1]
+    assert batch.rollout_logprobs.tolist() == pytest.approx(
+        [0, 0, 0, -0.1, -0.2, 0, 0, 0, -0.3, 0, -0.4, 0, -0.5, -0.6]
+    )
+    assert batch.advantages.tolist() == [1.0, -1.0, 2.0, -2.0]
+    assert batch.num_response_tokens == 6
+
+
+# ------------------------------------------------------------------ pack
+
+
+def test_a_packed_micro_batch_is_the_example_of_its_docstring() -> None:
+    batch = batch_of([4], [2])
+    micro = pack(batch, [0], multiple_of=5)
+    assert micro.tokens.tolist() == [100, 101, 102, 103, 0]
+    assert micro.positions.tolist() == [0, 1, 2, 3, 0]
+    assert micro.targets.tolist() == [0, 102, 103, 0, 0]  # where the mask is 0 the target is never looked at
+    assert micro.mask.tolist() == [False, True, True, False, False]
+    assert micro.sequence.tolist() == [0, 0, 0, 0, -1]
+    assert micro.advantages.tolist() == [0, 1, 1, 0, 0]
+    assert micro.rollout_logprobs.tolist() == [0, -2, -3, 0, 0]
+    assert micro.cu_seqlens.tolist() == [0, 4, 5]
+    assert micro.cu_seqlens.dtype == torch.int32
+    assert micro.max_seqlen == 4
+    assert micro.where.tolist() == [-1, 2, 3, -1, -1]
+
+
+def test_sequences_of_a_pack_do_not_run_into_each_other() -> None:
+    """Sequences 2 and 0 of three: the last token of the first predicts nothing, positions begin anew."""
+    batch = batch_of([3, 2, 4], [1, 1, 2])
+    micro = pack(batch, [2, 0], old_logprobs=batch.rollout_logprobs, ref_logprobs=2 * batch.rollout_logprobs)
+    assert micro.tokens.tolist() == [105, 106, 107, 108, 100, 101, 102]
+    assert micro.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert micro.mask.tolist() == [False, True, True, False, True, True, False]
+    assert micro.targets[micro.mask].tolist() == [107, 108, 101, 102]
+    assert micro.advantages[micro.mask].tolist() == [3, 3, 1, 1]
+    assert micro.sequence.tolist() == [2, 2, 2, 2, 0, 0, 0]
+    assert micro.cu_seqlens.tolist() == [0, 4, 7]
+    assert micro.old_logprobs is not None
+    assert micro.ref_logprobs is not None
+    assert micro.old_logprobs[micro.mask].tolist() == [-7, -8, -1, -2]
+    assert micro.ref_logprobs[micro.mask].tolist() == [-14, -16, -2, -4]
+
+
+@pytest.mark.parametrize(("multiple", "tail"), [(1, 0), (2, 1), (7, 0), (8, 1), (5, 3)])
+def test_the_tail_fills_a_pack_to_a_multiple(multiple: int, tail: int) -> None:
+    micro = pack(batch_of([4, 3], [2, 1]), [0, 1], multiple_of=multiple)
+    assert micro.tokens.numel() == 7 + tail
+    assert micro.cu_seqlens.tolist() == [0, 4, 7] + [7 + tail] * (tail > 0)
+    assert micro.positions[7:].tolist() == list(range(tail))
+    assert not micro.mask[7:].any()
+
+
+def test_a_micro_batch_without_sequences_is_all_tail() -> None:
+    micro = pack(batch_of([4], [2]), [], multiple_of=2)
+    assert micro.tokens.tolist() == [0, 0]
+    assert micro.cu_seqlens.tolist() == [0, 2]
+    assert not micro.mask.any()
+    assert micro.old_logprobs is None
+    assert micro.ref_logprobs is None
+
+
+def test_a_moved_micro_batch_keeps_its_values() -> None:
+    micro = pack(batch_of([4], [2]), [0])
+    moved = micro.to("cpu")
+    assert torch.equal(moved.tokens, micro.tokens)
+    assert moved.max_seqlen == 4
+    assert moved.old_logprobs is None
+
+
+# ------------------------------------------------------------------ plan_microbatches
+
+LENGTHS = st.lists(st.integers(1, 64), min_size=0, max_size=40)
+
+
+@given(lengths=LENGTHS, max_tokens=st.integers(64, 300), ranks=st.integers(1, 5))
+@settings(max_examples=200, deadline=None)
+def test_a_plan_holds_every_sequence_once_within_the_budget(lengths: list[int], max_tokens: int, ranks: int) -> None:
+    plan = plan_microbatches(lengths, max_tokens=max_tokens, data_parallel_size=ranks)
+    bins = [bin_ for rank in plan for bin_ in rank]
+    assert sorted(i for bin_ in bins for i in bin_) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in bin_) <= max_tokens for bin_ in bins)
+    assert len(plan) == ranks
+    assert {len(rank) for rank in plan} == {len(plan[0])}  # ranks that disagree wait for each other for ever
+    assert plan == plan_microbatches(lengths, max_tokens=max_tokens, data_parallel_size=ranks)
+
+
+@given(lengths=st.lists(st.integers(1, 64), min_size=8, max_size=60), ranks=st.integers(2, 4))
+@settings(max_examples=100, deadline=None)
+def test_no_rank_has_more_than_a_micro_batchs_difference_to_carry(lengths: list[int], ranks: int) -> None:
+    """Full and empty bins alternate: totals differ by at most the spread of the bins, never by one a lap."""
+    plan = plan_microbatches(lengths, max_tokens=128, data_parallel_size=ranks)
+    totals = [sum(lengths[i] for bin_ in rank for i in bin_) for rank in plan]
+    loads = [sum(lengths[i] for i in bin_) for rank in plan for bin_ in rank]
+    assert max(totals) - min(totals) <= max(loads) - min(loads)
+
+
+def test_a_plan_by_hand() -> None:
+    """Longest first into the emptiest of two bins: 6 | 5, then 4 to the 5, then 3 to the 6."""
+    assert plan_microbatches([3, 6, 4, 5], max_tokens=9, data_parallel_size=2) == [[[0, 1]], [[2, 3]]]
+
+
+def test_a_budget_of_one_sequence_gives_one_a_micro_batch() -> None:
+    plan = plan_microbatches([30, 40, 25], max_tokens=40, data_parallel_size=2)
+    assert sorted(len(bin_) for rank in plan for bin_ in rank) == [0, 1, 1, 1]
+
+
+def test_a_sequence_longer_than_the_budget_is_refused_with_a_remedy() -> None:
+    with pytest.raises(ValueError, match=r"65 tokens exceeds trainer.tokens_per_microbatch=64; raise it"):
+        plan_microbatches([10, 65], max_tokens=64, data_parallel_size=1)
+
+
+# ------------------------------------------------------------------ scatter_logprobs, minibatches
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=12),
+    ranks=st.integers(1, 3),
+    multiple=st.integers(1, 4),
+)
+@settings(max_examples=60, deadline=None)
+def test_scattering_undoes_packing(shapes: list[tuple[int, int]], ranks: int, multiple: int) -> None:
+    """Every rank scatters its part; the sum over ranks is the batch's own value at each response token, else 0."""
+    batch = batch_of([p + r for p, r in shapes], [p for p, _ in shapes])
+    values = torch.arange(1.0, batch.tokens.numel() + 1)
+    plan = plan_microbatches(batch.lengths.tolist(), max_tokens=20, data_parallel_size=ranks)
+    total = torch.zeros(batch.tokens.numel())
+    for rank in plan:
+        micros = [pack(batch, bin_, multiple_of=multiple, old_logprobs=values) for bin_ in rank]
+        scores = [torch.where(m.mask, m.old_logprobs, torch.nan) for m in micros]  # type: ignore[arg-type]
+        total += scatter_logprobs(micros, scores, total.numel())
+    is_response = torch.cat([torch.arange(p + r) >= p for p, r in shapes])
+    assert torch.equal(total, torch.where(is_response, values, 0.0))
+
+
+def test_minibatches_are_consecutive_and_the_last_takes_what_is_left() -> None:
+    batch = batch_of([2] * 7, [1] * 7)
+    assert [m.tolist() for m in minibatches(batch, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [m.tolist() for m in minibatches(batch, 7)] == [list(range(7))]
+    assert [m.tolist() for m in minibatches(batch, 64)] == [list(range(7))]
+
+
+def test_an_empty_batch_has_no_minibatches() -> None:
+    empty = make_batch([], torch.zeros(0, 2))
+    assert minibatches(empty, 4) == []
+    assert empty.tokens.dtype == torch.int64
+
+
+def test_a_selected_minibatch_packs_like_the_whole() -> None:
+    batch = batch_of([3, 2, 4], [1, 1, 2])
+    half = batch.select(torch.tensor([2, 0]))
+    whole, part = pack(batch, [2, 0]), pack(half, [0, 1])
+    for name in ("tokens", "targets", "mask", "advantages", "rollout_logprobs", "cu_seqlens"):
+        assert torch.equal(getattr(whole, name), getattr(part, name)), name
