@@ -1,0 +1,76 @@
+"""Process groups: torchrun's environment -> torch.distributed -> Megatron's tensor, pipeline and data parallelism."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from nemo_dapo.config import ParallelConfig
+
+
+def initialize(config: ParallelConfig, seed: int) -> None:
+    """Join the job: default process group (NCCL on CUDA, gloo elsewhere) and Megatron's groups; once a process.
+
+    Without torchrun's variables the job is this one process. Raises ValueError when the world does not divide.
+    """
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        from nemo_dapo.megatron import cpu
+
+        cpu.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    timeout = datetime.timedelta(minutes=config.timeout_minutes)
+    if not dist.is_initialized():
+        _default_to_one_process()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    _check_world(config, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        distributed_timeout_minutes=max(1, int(config.timeout_minutes)),
+        create_gloo_process_groups=True,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def shut_down() -> None:
+    """Leave the job and forget Megatron's groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def control_group(minutes: float) -> dist.ProcessGroup | None:
+    """A gloo group of all ranks for small host messages; waits at most `minutes` for the slowest rank."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=minutes))
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def world_size_from_environment() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _default_to_one_process() -> None:
+    if "RANK" in os.environ:
+        return
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
+def _check_world(config: ParallelConfig, world_size: int) -> None:
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        raise ValueError(
+            f"{world_size} ranks cannot hold tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} = "
+            f"{tp * pp}; start a multiple of {tp * pp} ranks (torchrun --nproc-per-node), or lower parallel.*"
+        )

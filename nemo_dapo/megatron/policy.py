@@ -1,0 +1,345 @@
+"""The policy: a Megatron-core GPTModel behind five verbs (logprobs, update, export_weights, save, load).
+
+Every method is collective. Packed micro-batches run through Megatron's own schedules; the loss is summed over tokens and
+divided once, by Megatron, by the number of response tokens of the whole mini-batch over all data-parallel ranks
+(`calculate_per_token_loss`). Metrics are sums divided by the same number.
+
+Shapes: T packed tokens of a micro-batch, B sequences of a batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from nemo_dapo.batching import MicroBatch, pack, plan_microbatches, scatter_logprobs
+from nemo_dapo.config import DecayStyle, ModelConfig, OptimizerConfig, ParallelConfig
+from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
+from nemo_dapo.megatron import checkpoint, weights
+from nemo_dapo.megatron.logprobs import score_targets
+from nemo_dapo.megatron.parallel import control_group, device
+from nemo_dapo.types import TrainBatch
+
+log = logging.getLogger(__name__)
+
+
+class MegatronPolicy:
+    """Implements `nemo_dapo.interfaces.Policy`. `parallel.initialize` must have been called."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        *,
+        tokens_per_microbatch: int,
+        temperature: float = 1.0,
+        with_entropy: bool = True,
+        with_reference: bool = False,
+    ) -> None:
+        self.max_tokens = tokens_per_microbatch
+        self.temperature = temperature
+        self.optimizer_config = optimizer
+        self.bridge = weights.load_bridge(model.path)
+        self.provider = weights.make_provider(self.bridge, model, parallel)
+        self.vocab_size = int(self.bridge.hf_pretrained.config.vocab_size)
+        self.control = control_group(parallel.timeout_minutes)
+        self.model = self._build(trainable=True)
+        self.reference = self._build(trainable=False) if with_reference else None
+        checkpoint.keep_bucket_padding(self.model)
+        self.optimizer, self.scheduler = self._build_optimizer()
+        self.bad_tokens: list[tuple[Tensor, Tensor]] = []
+        self.local_gradient_finite = torch.ones((), dtype=torch.bool)
+
+    def _build(self, *, trainable: bool) -> list[Any]:
+        on_gpu = torch.cuda.is_available()
+        model = self.provider.provide_distributed_model(
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=on_gpu,
+                use_distributed_optimizer=True,
+                average_in_collective=False,
+            ),
+            wrap_with_ddp=trainable,
+            use_cpu_initialization=not on_gpu,
+            data_parallel_random_init=False,
+        )
+        for chunk in model:
+            head = getattr(unwrap_model(chunk), "output_layer", None)
+            if head is not None:
+                head.forward = functools.partial(self._score, head)
+            chunk.train(trainable)
+            chunk.requires_grad_(trainable)
+        return model
+
+    def _build_optimizer(self) -> tuple[Any, OptimizerParamScheduler]:
+        options = self.optimizer_config
+        optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=options.lr,
+                min_lr=options.min_lr,
+                weight_decay=options.weight_decay,
+                clip_grad=options.clip_grad,
+                adam_beta1=options.adam_beta1,
+                adam_beta2=options.adam_beta2,
+                adam_eps=options.adam_eps,
+                bf16=self.provider.bf16,
+                params_dtype=self.provider.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            self.model,
+        )
+        constant = options.decay_style is DecayStyle.constant
+        scheduler = OptimizerParamScheduler(
+            optimizer,
+            init_lr=0.0,
+            max_lr=options.lr,
+            min_lr=options.min_lr,
+            lr_warmup_steps=options.warmup_steps,
+            lr_decay_steps=options.warmup_steps + 1 if constant else options.decay_steps,
+            lr_decay_style=options.decay_style.value,
+            start_wd=options.weight_decay,
+            end_wd=options.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+        config = unwrap_model(self.model[0]).config
+        config.grad_scale_func = optimizer.scale_loss
+        config.finalize_model_grads_func = self._finalize_gradients
+        if self.model[0].ddp_config.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.model]
+            config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+        return optimizer, scheduler
+
+    # ---------------------------------------------------------------- forward
+
+    def _score(self, head: Any, hidden: Tensor, weight: Tensor | None = None, **unused: Any) -> tuple[Tensor, None]:
+        """Stands for the output layer's forward: log-probability and entropy [T, 1, 2] of `head.targets`, not logits.
+
+        hidden is [T, 1, H], or [T / tp, 1, H] under sequence parallelism.
+        """
+        assert head.bias is None, "language-model heads have no bias"
+        group = parallel_state.get_tensor_model_parallel_group()
+        if head.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        logprobs, entropy = score_targets(
+            hidden.squeeze(1),
+            head.weight if weight is None else weight,
+            head.targets,
+            group=group,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+        )
+        return torch.stack([logprobs, entropy], dim=-1).unsqueeze(1), None
+
+    def _forward(self, microbatches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, MicroBatch]:
+        micro = next(microbatches).to(device())
+        model = unwrap_model(chunk)
+        if model.post_process:
+            model.output_layer.targets = micro.targets
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=micro.cu_seqlens,
+            cu_seqlens_kv=micro.cu_seqlens,
+            max_seqlen_q=micro.max_seqlen,
+            max_seqlen_kv=micro.max_seqlen,
+        )
+        out = chunk(
+            input_ids=micro.tokens.unsqueeze(0),
+            position_ids=micro.positions.unsqueeze(0),
+            attention_mask=None,
+            packed_seq_params=packed,
+        )
+        return out, micro
+
+    def _microbatches(self, batch: TrainBatch, **logprobs: Tensor | None) -> list[MicroBatch]:
+        """This data-parallel rank's packed share of `batch`."""
+        plan = plan_microbatches(
+            batch.lengths.tolist(),
+            max_tokens=self.max_tokens,
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        )
+        tp = parallel_state.get_tensor_model_parallel_world_size()
+        multiple_of = tp if self.provider.sequence_parallel else 1
+        mine = plan[parallel_state.get_data_parallel_rank()]
+        return [pack(batch, sequences, multiple_of=multiple_of, **logprobs) for sequences in mine]
+
+    def _run(self, model: list[Any], forward_step: Any, microbatches: list[MicroBatch], *, train: bool) -> list[Any]:
+        iterators = [iter(microbatches) for _ in model]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(model) > 1 else iterators[0],
+            model=model if len(model) > 1 else model[0],
+            num_microbatches=len(microbatches),
+            seq_length=self.max_tokens,
+            micro_batch_size=1,
+            forward_only=not train,
+            collect_non_loss_data=not train,
+        )
+
+    def logprobs(self, batch: TrainBatch) -> Tensor:
+        """Log-probability of every response token of `batch`: [T] float32 on the host, the same on every rank."""
+        return self._logprobs_of(self.model, batch)
+
+    def reference_logprobs(self, batch: TrainBatch) -> Tensor:
+        """The same under the frozen reference model; raises when the policy was built without one."""
+        assert self.reference is not None, "built with with_reference=False"
+        return self._logprobs_of(self.reference, batch)
+
+    @torch.no_grad()
+    def _logprobs_of(self, model: list[Any], batch: TrainBatch) -> Tensor:
+        def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
+            out, _ = self._forward(iterator, chunk)
+            return out, lambda scores, non_loss_data: scores[0, :, 0]
+
+        microbatches = self._microbatches(batch)
+        scored = self._run(model, forward_step, microbatches, train=False)
+        total = torch.zeros(batch.tokens.numel(), dtype=torch.float32)
+        if self._reports():
+            total = scatter_logprobs(microbatches, scored, total.numel())
+        return _all_reduce(total)
+
+    # ---------------------------------------------------------------- update
+
+    def update(
+        self,
+        batch: TrainBatch,
+        loss_fn: LossFn,
+        old_logprobs: Tensor | None,
+        ref_logprobs: Tensor | None = None,
+    ) -> dict[str, float]:
+        """One optimizer step on `batch`; old_logprobs and ref_logprobs [T] are aligned with `batch.tokens`.
+
+        Returns the loss function's metrics per response token, `loss`, `grad_norm` (before clipping) and `lr`, the same
+        on every rank. Raises NonFiniteGradientError, on every rank and with the weights untouched, instead of stepping.
+        """
+        self._zero_gradients()
+        grad_norm, sums = self.accumulate_gradients(batch, loss_fn, old_logprobs, ref_logprobs)
+        if not math.isfinite(grad_norm):
+            self._zero_gradients()
+            raise NonFiniteGradientError(grad_norm, *self._gather_culprits())
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.scheduler.step(increment=1)
+        return sums | {"grad_norm": grad_norm, "lr": float(lr)}
+
+    def accumulate_gradients(
+        self,
+        batch: TrainBatch,
+        loss_fn: LossFn,
+        old_logprobs: Tensor | None,
+        ref_logprobs: Tensor | None = None,
+    ) -> tuple[float, dict[str, float]]:
+        """Forward and backward over all micro-batches: the reduced gradient is left in the optimizer's buffers.
+
+        Returns its norm and the metrics; the gradient is that of (sum of the loss over tokens) / (number of tokens).
+        """
+        self.bad_tokens.clear()
+
+        def loss_func(scores: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            logprobs, entropy = scores[0].unbind(-1)
+            finite = logprobs.detach().isfinite() & micro.advantages.isfinite()
+            self.bad_tokens.append((micro.sequence, micro.mask & ~finite))
+            loss, sums = loss_fn(logprobs, entropy, micro)
+            return loss, micro.mask.sum().int(), {"loss": loss.detach()} | sums
+
+        def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
+            out, micro = self._forward(iterator, chunk)
+            return out, functools.partial(loss_func, micro=micro)
+
+        microbatches = self._microbatches(batch, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+        per_microbatch = self._run(self.model, forward_step, microbatches, train=True)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        return grad_norm, self._token_means(batch, loss_fn, per_microbatch)
+
+    def _token_means(self, batch: TrainBatch, loss_fn: LossFn, sums: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sums over all ranks' micro-batches, divided by the response tokens of the whole batch."""
+        # Ranks of other pipeline stages computed no loss: an empty micro-batch tells them its metrics' names.
+        anything = torch.zeros(batch.tokens.numel())
+        empty = pack(batch, [], old_logprobs=anything, ref_logprobs=anything)
+        nothing = torch.zeros(empty.tokens.numel())
+        names = sorted({"loss", *loss_fn(nothing, nothing, empty)[1]})
+        totals = torch.zeros(len(names), dtype=torch.float64)
+        if self._reports():
+            for row in sums:
+                totals += torch.tensor([float(row[name]) for name in names], dtype=torch.float64)
+        totals = _all_reduce(totals)
+        return dict(zip(names, (totals / max(1, batch.num_response_tokens)).tolist(), strict=True))
+
+    def _zero_gradients(self) -> None:
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _finalize_gradients(self, model: list[Any], *args: Any, **kwargs: Any) -> None:
+        """Megatron's reduction over ranks, after noting whether this rank's own gradient was finite: afterwards a
+        non-finite value of one rank is everybody's."""
+        buffers = [buffer.grad_data for chunk in model for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+        self.local_gradient_finite = torch.stack([b.isfinite().all() for b in buffers]).all()
+        finalize_model_grads(model, *args, **kwargs)
+
+    def _gather_culprits(self) -> tuple[list[int], list[int]]:
+        """Ranks whose own gradient was not finite, and the sequences with a non-finite number."""
+        sequences = {int(s) for sequence, bad in self.bad_tokens for s in sequence[bad].tolist()}
+        mine = (bool(self.local_gradient_finite), sorted(sequences))
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine, group=self.control)
+        ranks = [rank for rank, (finite, _) in enumerate(everyone) if not finite]
+        return ranks, sorted(set(itertools.chain.from_iterable(found for _, found in everyone)))
+
+    def _reports(self) -> bool:
+        """Whether this rank speaks for its data-parallel replica: one tensor-parallel rank of the last stage does."""
+        return (
+            parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+
+    # ---------------------------------------------------------------- weights
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter once, by its Hugging Face name, full, on every rank."""
+        return weights.export_weights(self.bridge, self.model)
+
+    def save_hf(self, path: Path) -> None:
+        """Write the policy as a Hugging Face directory."""
+        weights.save_hf_model(self.bridge, self.model, path)
+
+    def save(self, path: Path) -> None:
+        """Write weights, optimizer and schedule to the existing directory `path`, sharded."""
+        checkpoint.save(path, self.model, self.optimizer, self.scheduler)
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote, also under another tensor, pipeline or data parallel size."""
+        checkpoint.load(path, self.model, self.optimizer, self.scheduler)
+
+
+def _all_reduce(host: Tensor) -> Tensor:
+    """Sum over all ranks of a host tensor, through the device that the default group speaks to."""
+    moved = host.to(device()) if torch.cuda.is_available() else host
+    dist.all_reduce(moved)
+    return moved.cpu()

@@ -1,0 +1,531 @@
+"""What the policy tests run in child processes: one job a world size, its scenarios in sequence, results in torch files.
+
+Megatron stays out of the pytest process: on a CPU host it needs torch's factories patched (`nemo_dapo.megatron.cpu`).
+`main(FOLDER)` runs in a process of its own and forks the ranks; each writes `world<W>-rank<R>.pt`, a dictionary
+{scenario: result}, after every scenario, and the traceback under `failed` when one raises, which ends its job.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import multiprocessing
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_dapo.batching import MicroBatch
+from nemo_dapo.config import AlgorithmConfig, DecayStyle, ModelConfig, OptimizerConfig, ParallelConfig, Precision
+from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
+from nemo_dapo.loss import make_loss_fn
+from nemo_dapo.types import TrainBatch
+
+TIMEOUT_MINUTES = 2.0
+VOCAB = 320
+ROPE_THETA = 500000.0  # not 10,000: an importer that ignores the model's value must fail
+# Wavelengths from 2,048 positions on are stretched: enough to show within 40 positions.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2_tied": {"family": "qwen2", "tied": True},
+    "qwen2_untied": {"family": "qwen2", "tied": False},
+    "qwen3_tied": {"family": "qwen3", "tied": True},
+    "qwen3_untied": {"family": "qwen3", "tied": False},
+    "llama_tied": {"family": "llama", "tied": True},
+    "llama_untied": {"family": "llama", "tied": False},
+    "llama_scaled": {"family": "llama", "tied": False, "rope_scaling": LLAMA3_ROPE},
+}
+NUM_SEQUENCES = 15  # odd: one by one on two ranks leaves one of them an empty micro-batch
+LONGEST = 40  # two sequences of 21 to 40 tokens never fit into it: this budget gives one sequence a micro-batch
+RARE_TOKEN, RARE_SEQUENCE = VOCAB - 1, 4  # a token that one sequence alone contains
+
+
+@dataclass(frozen=True)
+class Layout:
+    tp: int = 1
+    pp: int = 1
+    sp: bool = False
+
+
+TP2, PP2, TP2PP2 = Layout(tp=2, sp=True), Layout(pp=2), Layout(tp=2, pp=2, sp=True)
+
+
+def make_train_batch(num_sequences: int = NUM_SEQUENCES, seed: int = 0) -> TrainBatch:
+    """Random tokens and advantages; sequence RARE_SEQUENCE has RARE_TOKEN in its prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(LONGEST // 2 + 1, LONGEST + 1, (num_sequences,), generator=generator)
+    prompt_lengths = torch.randint(2, 9, (num_sequences,), generator=generator)
+    tokens = torch.randint(2, RARE_TOKEN, (int(lengths.sum()),), generator=generator)
+    if num_sequences > RARE_SEQUENCE:
+        tokens[lengths[:RARE_SEQUENCE].sum()] = RARE_TOKEN
+    return TrainBatch(
+        tokens=tokens,
+        lengths=lengths,
+        prompt_lengths=prompt_lengths,
+        rollout_logprobs=torch.zeros(tokens.numel()),
+        advantages=torch.randn(num_sequences, generator=generator),
+    )
+
+
+def every_next_token(prefix: list[int]) -> TrainBatch:
+    """`prefix` followed by each token of the vocabulary: their log-probabilities are the whole log-softmax."""
+    rows = torch.cat([torch.tensor(prefix).repeat(VOCAB, 1), torch.arange(VOCAB).unsqueeze(1)], dim=1)
+    lengths = torch.full((VOCAB,), rows.size(1))
+    return TrainBatch(rows.flatten(), lengths, lengths - 1, torch.zeros(rows.numel()), torch.zeros(VOCAB))
+
+
+PREFIX = [5, 7, 250, 11, 300, 3]
+
+# ------------------------------------------------------------------ inside a child
+
+
+class Job:
+    """One child's view of its job: where files lie, and policies under any layout of its ranks."""
+
+    def __init__(self, folder: Path, world_size: int, rank: int) -> None:
+        self.folder, self.world_size, self.rank = folder, world_size, rank
+
+    def join(self, name: str) -> None:
+        """Meet the other ranks through a file: no port that another process could take."""
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{self.folder}/{name}",
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES),
+        )
+
+    def policy(self, layout: Layout, model: str = "qwen2_tied", *, tokens: int = 128, **options: Any) -> Any:
+        """A float32 policy; Megatron's process groups become those of `layout`."""
+        from nemo_dapo.megatron import parallel
+
+        config = ParallelConfig(layout.tp, layout.pp, layout.sp, TIMEOUT_MINUTES)
+        if (parallel_state := sys.modules.get("megatron.core.parallel_state")) is not None:
+            parallel_state.destroy_model_parallel()
+        parallel.initialize(config, seed=1)
+        from nemo_dapo.megatron.policy import MegatronPolicy
+
+        optimizer = options.pop("optimizer", OptimizerConfig(lr=1e-3, warmup_steps=0))
+        return MegatronPolicy(
+            ModelConfig(path=str(self.folder / "models" / model), precision=Precision.fp32),
+            config,
+            optimizer,
+            tokens_per_microbatch=tokens,
+            **options,
+        )
+
+
+def weights_of(policy: Any) -> dict[str, Tensor]:
+    return {name: weight.clone() for name, weight in policy.export_weights()}
+
+
+def noisy_old_logprobs(policy: Any, batch: TrainBatch) -> Tensor:
+    """Old log-probabilities near the policy's own: ratios around 1, some of them clipped, so the loss depends on them."""
+    noise = torch.randn(batch.tokens.numel(), generator=torch.Generator().manual_seed(9))
+    return policy.logprobs(batch) + 0.2 * noise
+
+
+LOSS: LossFn = make_loss_fn(AlgorithmConfig(entropy_coeff=0.01))
+
+
+def full_gradients(policy: Any) -> dict[str, Tensor]:
+    """The whole gradient by Hugging Face names, the same on every rank; call after `accumulate_gradients`.
+
+    After the reduce-scatter a data-parallel rank holds its own shard only, so the rest is zeroed and the shards summed;
+    tensor and pipeline shards come together by exporting the gradient as if it were the weights.
+    """
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group()
+    for chunk in policy.model:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                shards = bucket.grad_data.view(dist.get_world_size(group), -1)
+                mine = shards[dist.get_rank(group)].clone()
+                shards.zero_()
+                shards[dist.get_rank(group)] = mine
+                dist.all_reduce(bucket.grad_data, group=group)
+    parameters = [p for chunk in policy.model for p in chunk.parameters()]
+    kept = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for p in parameters:
+            p.copy_(p.main_grad)
+        gradients = weights_of(policy)
+        for p, weight in zip(parameters, kept, strict=True):
+            p.copy_(weight)
+    return gradients
+
+
+def gradient_with(policy: Any, batch: TrainBatch, loss_fn: LossFn, old: Tensor, budget: int) -> dict[str, Any]:
+    policy.max_tokens = budget
+    policy._zero_gradients()
+    norm, sums = policy.accumulate_gradients(batch, loss_fn, old)
+    return {
+        "gradient": full_gradients(policy),
+        "norm": norm,
+        "sums": sums,
+        "microbatches": len(policy._microbatches(batch)),
+    }
+
+
+def per_microbatch(num_tokens: int, num_microbatches: int) -> LossFn:
+    """The mistake "mean of the micro-batches' means", scaled so that it is right when there is one micro-batch."""
+
+    def loss_fn(logprobs: Tensor, entropy: Tensor | None, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, sums = LOSS(logprobs, entropy, micro)
+        return loss * num_tokens / (micro.mask.sum().clamp(min=1) * num_microbatches), sums
+
+    return loss_fn
+
+
+def per_rank(num_tokens: int, tokens_of_rank: int, num_ranks: int) -> LossFn:
+    """The mistake "each rank divides by its own tokens, then ranks are averaged"."""
+
+    def loss_fn(logprobs: Tensor, entropy: Tensor | None, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, sums = LOSS(logprobs, entropy, micro)
+        return loss * num_tokens / (tokens_of_rank * num_ranks), sums
+
+    return loss_fn
+
+
+def budgets(batch: TrainBatch) -> dict[str, int]:
+    """Token budgets that cut `batch` into 1, 3 and 8 micro-batches on one rank, and into one a sequence."""
+    total = int(batch.lengths.sum())
+    return {"1": total, "3": math.ceil(total / 3) + 10, "8": 2 * LONGEST, "one_by_one": LONGEST}
+
+
+def gradients(job: Job) -> dict[str, Any]:
+    """The same batch under every token budget, right and with both wrong normalisers."""
+    batch = make_train_batch()
+    policy = job.policy(Layout())
+    old = noisy_old_logprobs(policy, batch)
+    tokens = batch.num_response_tokens
+    out: dict[str, Any] = {}
+    for name, budget in budgets(batch).items():
+        out[name] = gradient_with(policy, batch, LOSS, old, budget)
+        micros = policy._microbatches(batch)
+        mine = sum(int(micro.mask.sum()) for micro in micros)
+        wrong = per_microbatch(tokens, len(micros) * job.world_size)
+        out[f"{name} per micro-batch"] = gradient_with(policy, batch, wrong, old, budget)
+        wrong = per_rank(tokens, mine, job.world_size)
+        out[f"{name} per rank"] = gradient_with(policy, batch, wrong, old, budget)
+    return out
+
+
+def first_step(layout: Layout) -> Callable[[Job], dict[str, Any]]:
+    def scenario(job: Job) -> dict[str, Any]:
+        out = {}
+        for model in ("qwen2_tied", "qwen3_untied"):
+            policy, batch = job.policy(layout, model), make_train_batch()
+            old = noisy_old_logprobs(policy, batch)
+            result = gradient_with(policy, batch, LOSS, old, 128)
+            metrics = policy.update(batch, LOSS, old)
+            out[model] = result | {"metrics": metrics, "logprobs_after": policy.logprobs(batch)}
+        return out
+
+    return scenario
+
+
+def parity(layout: Layout) -> Callable[[Job], dict[str, Any]]:
+    """What a Hugging Face model must reproduce, before and after an update, in both forms of export."""
+
+    def scenario(job: Job) -> dict[str, Any]:
+        out = {}
+        for model in MODELS:
+            policy, batch, vocabulary = job.policy(layout, model), make_train_batch(), every_next_token(PREFIX)
+            before = policy.logprobs(batch), policy.logprobs(vocabulary)
+            policy.update(batch, LOSS, None)
+            saved = job.folder / f"export-{job.world_size}-{model}"
+            policy.save_hf(saved)
+            out[model] = {
+                "before": before,
+                "after": (policy.logprobs(batch), policy.logprobs(vocabulary)),
+                "weights": weights_of(policy),
+                "saved": saved,
+            }
+        return out
+
+    return scenario
+
+
+def temperature(job: Job) -> Tensor:
+    return job.policy(Layout(), temperature=0.7).logprobs(make_train_batch())
+
+
+def _save(job: Job, policy: Any, name: str) -> Path:
+    path = job.folder / name
+    path.mkdir(exist_ok=True)
+    dist.barrier()
+    policy.save(path)
+    return path
+
+
+def checkpoint(layout: Layout, name: str) -> Callable[[Job], dict[str, Any]]:
+    """Update, save, update; then load into a fresh policy and update again."""
+
+    def scenario(job: Job) -> dict[str, Any]:
+        batch, policy = make_train_batch(), job.policy(layout)
+        policy.update(batch, LOSS, None)
+        path = _save(job, policy, name)
+        out = {"saved": weights_of(policy), "next_metrics": policy.update(batch, LOSS, None)}
+        return out | {"next": weights_of(policy)} | {"loaded": load_and_update(job, layout, path)}
+
+    return scenario
+
+
+def load_and_update(job: Job, layout: Layout, path: Path) -> dict[str, Any]:
+    """A fresh policy from `path`: its weights and its next update."""
+    policy = job.policy(layout)
+    policy.load(path)
+    weights = weights_of(policy)
+    metrics = policy.update(make_train_batch(), LOSS, None)
+    return {"weights": weights, "next": weights_of(policy), "metrics": metrics}
+
+
+def forgetful_load(job: Job) -> dict[str, Tensor]:
+    """The weights after the next update, had Adam forgotten its first moments."""
+    policy = job.policy(Layout())
+    policy.load(job.folder / "ck1")
+    for optimizer in policy.optimizer.chained_optimizers:
+        for state in optimizer.optimizer.state.values():
+            state["exp_avg"].zero_()
+    policy.update(make_train_batch(), LOSS, None)
+    return weights_of(policy)
+
+
+def load_from(layout: Layout, name: str) -> Callable[[Job], dict[str, Any]]:
+    return lambda job: load_and_update(job, layout, job.folder / name)
+
+
+def checkpoint_without_padding(job: Job) -> dict[str, Any]:
+    """A checkpoint under Megatron's own count of bucket padding: what `keep_bucket_padding` is for."""
+    from nemo_dapo.megatron import checkpoint as module
+
+    keep, module.keep_bucket_padding = module.keep_bucket_padding, lambda model: None
+    try:
+        return checkpoint(TP2PP2, "unpadded")(job)
+    finally:
+        module.keep_bucket_padding = keep
+
+
+def shrink(job: Job) -> dict[str, Any] | None:
+    """The job ends; rank 0 goes on alone and loads what all four saved."""
+    from nemo_dapo.megatron import parallel
+
+    parallel.shut_down()
+    if job.rank:
+        return None
+    job.world_size = 1
+    job.join("alone")
+    return load_and_update(job, Layout(), job.folder / "ck4")
+
+
+def non_finite(layout: Layout) -> Callable[[Job], dict[str, Any]]:
+    """A weight that is NaN (it reaches one sequence), then an advantage that is; then a good update."""
+
+    def attempt(policy: Any, batch: TrainBatch) -> dict[str, Any]:
+        before = {name: p.detach().clone() for name, p in policy.model[0].named_parameters()}
+        try:
+            policy.update(batch, LOSS, None)
+        except NonFiniteGradientError as error:
+            after = dict(policy.model[0].named_parameters())
+            same = all(torch.equal(after[name].nan_to_num(7.0), p.nan_to_num(7.0)) for name, p in before.items())
+            return {"ranks": error.ranks, "sequences": error.sequences, "message": str(error), "untouched": same}
+        return {}
+
+    def scenario(job: Job) -> dict[str, Any]:
+        policy, batch = job.policy(layout, "qwen3_untied", tokens=LONGEST), make_train_batch()
+        embeddings = [p for n, p in policy.model[0].named_parameters() if "word_embeddings" in n]
+        tokens_of_rank = {int(s) for micro in policy._microbatches(batch) for s in micro.sequence.unique()}
+        rows = [(e, RARE_TOKEN - (e.size(0) * (job.rank % layout.tp))) for e in embeddings]
+        rows = [(e, row) for e, row in rows if 0 <= row < e.size(0)]
+        kept = [e[row].detach().clone() for e, row in rows]
+        with torch.no_grad():
+            for e, row in rows:
+                e[row] = math.nan
+        weight = attempt(policy, batch)
+        with torch.no_grad():
+            for (e, row), values in zip(rows, kept, strict=True):
+                e[row] = values
+        poisoned = make_train_batch()
+        poisoned.advantages[RARE_SEQUENCE] = math.nan
+        advantage = attempt(policy, poisoned)
+        metrics = policy.update(batch, LOSS, None)
+        clean = job.policy(layout, "qwen3_untied", tokens=LONGEST)
+        return {
+            "holds_sequence": RARE_SEQUENCE in tokens_of_rank,
+            "weight": weight,
+            "advantage": advantage,
+            "metrics": metrics,
+            "clean_metrics": clean.update(batch, LOSS, None),
+        }
+
+    return scenario
+
+
+def reference_model(job: Job) -> dict[str, Any]:
+    loss_fn = make_loss_fn(AlgorithmConfig(kl_coeff=0.1))
+    policy, batch = job.policy(Layout(), with_reference=True), make_train_batch()
+    out: dict[str, Any] = {"start": policy.logprobs(batch), "reference": [], "kl": []}
+    for _ in range(3):
+        reference = policy.reference_logprobs(batch)
+        out["reference"].append(reference)
+        out["kl"].append(policy.update(batch, loss_fn, None, reference)["kl"])
+    return out | {"end": policy.logprobs(batch), "reference_end": policy.reference_logprobs(batch)}
+
+
+SCHEDULES = {
+    "constant": OptimizerConfig(lr=1e-3, warmup_steps=4),
+    "linear": OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=2, decay_steps=6, decay_style=DecayStyle.linear),
+}
+
+
+def learning_rates(job: Job) -> dict[str, list[float]]:
+    batch = make_train_batch(2)
+    out = {}
+    for name, optimizer in SCHEDULES.items():
+        policy = job.policy(Layout(), optimizer=optimizer)
+        out[name] = [policy.update(batch, LOSS, None)["lr"] for _ in range(8)]
+    return out
+
+
+def packed_attention(job: Job) -> dict[str, Any]:
+    """PackedSDPA with 4 query and 2 key-value heads on a pack of 3 sequences."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from nemo_dapo.megatron.attention import PackedSDPA
+
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2)
+    config.attention_dropout = 0.0
+    attention = PackedSDPA(config, 1, AttnMaskType.causal, "self")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(17, heads, 8, generator=generator) for heads in (4, 2, 2))
+    cu_seqlens = torch.tensor([0, 5, 6, 17], dtype=torch.int32)
+    packed = PackedSeqParams("thd", cu_seqlens, cu_seqlens, max_seqlen_q=11, max_seqlen_kv=11)
+    out = attention(q, k, v, None, packed_seq_params=packed)
+    return {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens, "out": out}
+
+
+def sharded_scores(job: Job) -> dict[str, Any]:
+    """`score_targets` of 2 vocabulary shards of 96 rows; with 90 of them real the second holds nothing but padding."""
+    from nemo_dapo.megatron.logprobs import score_targets
+
+    out = {}
+    for name, vocab_size in (("both", 150), ("padding", 90)):
+        hidden, weight, targets = score_inputs(vocab_size, rows=192)
+        shard = weight.chunk(2)[job.rank].clone().requires_grad_()
+        hidden.requires_grad_()
+        logprobs, entropy = score_targets(
+            hidden, shard, targets, group=dist.group.WORLD, vocab_size=vocab_size, temperature=0.7
+        )
+        score_objective(logprobs, entropy).backward()
+        out[name] = {
+            "logprobs": logprobs.detach(),
+            "entropy": entropy.detach(),
+            "grad_hidden": hidden.grad,
+            "grad_weight": shard.grad,
+        }
+    return out
+
+
+def score_inputs(vocab_size: int, *, rows: int, tokens: int = 23, hidden: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [T, H], weight [rows, H] with huge padding rows, targets [T]; the same on every rank."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(rows, hidden, generator=generator)
+    weight[vocab_size:] = 100.0  # padding that took part would win every softmax
+    states = torch.randn(tokens, hidden, generator=generator)
+    return states, weight, torch.randint(0, vocab_size, (tokens,), generator=generator)
+
+
+def score_objective(logprobs: Tensor, entropy: Tensor) -> Tensor:
+    """A scalar in which each output of each token has a weight of its own."""
+    weights = torch.linspace(-1.0, 2.0, logprobs.numel(), dtype=logprobs.dtype)
+    return (weights * logprobs).sum() + (weights.flip(0) * entropy).sum()
+
+
+SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
+    1: {
+        "first_step": first_step(Layout()),
+        "checkpoint": checkpoint(Layout(), "ck1"),
+        "forgetful load": forgetful_load,
+        "gradients": gradients,
+        "parity": parity(Layout()),
+        "temperature": temperature,
+        "reference_model": reference_model,
+        "learning_rates": learning_rates,
+        "packed_attention": packed_attention,
+    },
+    2: {
+        "sharded_scores": sharded_scores,
+        "first_step tp2": first_step(TP2),
+        "first_step pp2": first_step(PP2),
+        "first_step dp2": first_step(Layout()),
+        "gradients": gradients,
+        "non_finite dp2": non_finite(Layout()),
+        "non_finite pp2": non_finite(PP2),
+        "parity": parity(TP2),
+        "checkpoint pp2": checkpoint(PP2, "ck2"),
+    },
+    4: {
+        "first_step tp2pp2": first_step(TP2PP2),
+        "checkpoint": checkpoint(TP2PP2, "ck4"),
+        "checkpoint without padding": checkpoint_without_padding,
+        "load from one rank": load_from(TP2PP2, "ck1"),
+        "load on one rank": shrink,
+    },
+}
+
+
+def run_rank(folder: Path, world_size: int, rank: int) -> None:
+    """One rank's scenarios in sequence, in a fresh process."""
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    file = folder / f"world{world_size}-rank{rank}.pt"
+    job = Job(folder, world_size, rank)
+    job.join(f"meet{world_size}")
+    for name, scenario in SCENARIOS[world_size].items():
+        try:
+            results[name] = scenario(job)
+        except Exception:
+            results["failed"] = f"scenario {name!r} on rank {rank} of {world_size}:\n{traceback.format_exc()}"
+            torch.save(results, file)
+            raise
+        torch.save(results, file)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def main(folder: Path) -> None:
+    """Import Megatron once (20 s of one core), then fork the ranks of each job."""
+    from nemo_dapo.megatron import cpu
+
+    cpu.install()
+    from nemo_dapo.megatron import policy, weights
+
+    assert policy is not None
+    weights._import_bridge()
+    fork = multiprocessing.get_context("fork")
+    for world_size in SCENARIOS:
+        ranks = [fork.Process(target=run_rank, args=(folder, world_size, rank)) for rank in range(world_size)]
+        for process in ranks:
+            process.start()
+        while any(process.is_alive() for process in ranks) and not any(process.exitcode for process in ranks):
+            time.sleep(0.05)
+        for process in ranks:
+            process.kill()  # those that wait for one that failed; a no-op on the rest
+            process.join()

@@ -1,0 +1,189 @@
+"""The policy under every layout: gradients, first step, checkpoints, refused updates, reference model, schedule.
+
+Everything ran in child processes (`policy_scenarios.py`); a test here looks at one result.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.policy_runs import PolicyRuns
+from tests.policy_scenarios import NUM_SEQUENCES, RARE_SEQUENCE
+
+pytestmark = pytest.mark.slow
+
+Tensors = dict[str, Tensor]
+BUDGETS = ["1", "3", "8", "one_by_one"]
+
+
+def distance(a: Tensors, b: Tensors) -> float:
+    """|a - b| / |b| of all entries together."""
+    assert a.keys() == b.keys()
+    difference = sum((a[k].double() - b[k].double()).square().sum() for k in b)
+    return float((difference / sum(b[k].double().square().sum() for k in b)).sqrt())  # type: ignore[union-attr]
+
+
+def same_gradient(a: Tensors, b: Tensors) -> bool:
+    # float32 sums in another order differ by about 3e-7 here; a wrong normaliser by more than 1e-2.
+    return distance(a, b) < 1e-5
+
+
+def equal(a: Tensors, b: Tensors) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in b)
+
+
+# ------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_gradient_does_not_depend_on_micro_batches_or_ranks(
+    policy_runs: PolicyRuns, ranks: int, budget: str
+) -> None:
+    whole = policy_runs.get(1, "gradients")["1"]["gradient"]
+    for rank in range(ranks):
+        assert same_gradient(policy_runs.get(ranks, "gradients", rank)[budget]["gradient"], whole)
+
+
+def test_the_budgets_give_1_3_8_and_15_micro_batches(policy_runs: PolicyRuns) -> None:
+    assert [policy_runs.get(1, "gradients")[b]["microbatches"] for b in BUDGETS] == [1, 3, 8, NUM_SEQUENCES]
+    assert [policy_runs.get(2, "gradients")[b]["microbatches"] for b in BUDGETS] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(("ranks", "budget"), [(1, "3"), (1, "8"), (1, "one_by_one"), (2, "1"), (2, "8")])
+def test_a_normaliser_per_micro_batch_is_caught(policy_runs: PolicyRuns, ranks: int, budget: str) -> None:
+    whole = policy_runs.get(1, "gradients")["1"]["gradient"]
+    wrong = policy_runs.get(ranks, "gradients")[f"{budget} per micro-batch"]["gradient"]
+    assert not same_gradient(wrong, whole)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_normaliser_per_rank_is_caught(policy_runs: PolicyRuns, budget: str) -> None:
+    whole = policy_runs.get(1, "gradients")["1"]["gradient"]
+    assert not same_gradient(policy_runs.get(2, "gradients")[f"{budget} per rank"]["gradient"], whole)
+
+
+def test_the_wrong_normalisers_are_right_where_they_may_be(policy_runs: PolicyRuns) -> None:
+    """One micro-batch, one rank: there the mutations compute the true gradient, so nothing else is wrong in them."""
+    results = policy_runs.get(1, "gradients")
+    assert same_gradient(results["1 per micro-batch"]["gradient"], results["1"]["gradient"])
+    assert same_gradient(results["8 per rank"]["gradient"], results["1"]["gradient"])
+
+
+# ------------------------------------------------------------------ layouts
+
+LAYOUTS = [(2, "tp2"), (2, "pp2"), (2, "dp2"), (4, "tp2pp2")]
+
+
+@pytest.mark.parametrize("model", ["qwen2_tied", "qwen3_untied"])
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=[name for _, name in LAYOUTS])
+def test_the_first_step_agrees_with_one_rank(policy_runs: PolicyRuns, ranks: int, layout: str, model: str) -> None:
+    one = policy_runs.get(1, "first_step")[model]
+    for rank in range(ranks):
+        other = policy_runs.get(ranks, f"first_step {layout}", rank)[model]
+        # Every metric is a mean over the same tokens: 1e-4 is what issue 2 asks, 1e-6 what float32 gives here.
+        assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+        assert same_gradient(other["gradient"], one["gradient"])
+        # Adam divides by the gradient's size, so rounding of tiny entries grows: 3e-6 nats were seen after the step.
+        torch.testing.assert_close(other["logprobs_after"], one["logprobs_after"], rtol=0, atol=1e-4)
+
+
+def test_the_step_changes_the_policy_and_the_metrics_say_what_they_are(policy_runs: PolicyRuns) -> None:
+    metrics = policy_runs.get(1, "first_step")["qwen2_tied"]["metrics"]
+    assert metrics["tokens"] == 1.0  # a mean over response tokens of 1
+    assert metrics["clipped_high"] > 0  # the loss compared across layouts did see its clipping
+    assert metrics["loss"] != 0
+    assert metrics["grad_norm"] == pytest.approx(policy_runs.get(1, "first_step")["qwen2_tied"]["norm"])
+
+
+def test_the_reported_norm_is_that_of_the_whole_gradient(policy_runs: PolicyRuns) -> None:
+    result = policy_runs.get(1, "first_step")["qwen3_untied"]
+    norm = torch.stack([g.double().norm() for g in result["gradient"].values()]).norm()
+    assert result["metrics"]["grad_norm"] == pytest.approx(float(norm), rel=1e-6)
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+@pytest.mark.parametrize(("ranks", "scenario"), [(1, "checkpoint"), (2, "checkpoint pp2"), (4, "checkpoint")])
+def test_a_fresh_policy_continues_from_a_checkpoint_bit_for_bit(
+    policy_runs: PolicyRuns, ranks: int, scenario: str
+) -> None:
+    result = policy_runs.get(ranks, scenario)
+    assert equal(result["loaded"]["weights"], result["saved"])
+    assert equal(result["loaded"]["next"], result["next"])
+    assert result["loaded"]["metrics"] == result["next_metrics"]
+    assert not equal(result["next"], result["saved"])
+
+
+@pytest.mark.parametrize(("saved_by", "scenario"), [(1, "load from one rank"), (4, "load on one rank")])
+def test_a_checkpoint_loads_under_another_layout(policy_runs: PolicyRuns, saved_by: int, scenario: str) -> None:
+    """One rank <-> TP2 x PP2, with tied embeddings."""
+    loaded, saved = policy_runs.get(4, scenario), policy_runs.get(saved_by, "checkpoint")
+    assert equal(loaded["weights"], saved["saved"])
+    assert distance(loaded["next"], saved["next"]) < 1e-5
+
+
+def test_lost_moments_would_be_noticed(policy_runs: PolicyRuns) -> None:
+    saved = policy_runs.get(1, "checkpoint")
+    assert distance(policy_runs.get(1, "forgetful load"), saved["next"]) > 1e-3
+
+
+def test_without_bucket_padding_kept_the_checkpoint_of_tied_embeddings_is_wrong(policy_runs: PolicyRuns) -> None:
+    """Guards `checkpoint.keep_bucket_padding`. When this fails, Megatron no longer needs it."""
+    result = policy_runs.get(4, "checkpoint without padding")
+    assert not equal(result["loaded"]["next"], result["next"])
+
+
+# ------------------------------------------------------------------ refused updates
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+@pytest.mark.parametrize("cause", ["weight", "advantage"])
+def test_a_non_finite_gradient_is_refused_on_every_rank(policy_runs: PolicyRuns, layout: str, cause: str) -> None:
+    results = [policy_runs.get(2, f"non_finite {layout}", rank) for rank in range(2)]
+    # Data-parallel: the rank with the sequence. Pipeline: both stages of the one replica.
+    guilty = [rank for rank, result in enumerate(results) if result["holds_sequence"]]
+    for result in results:
+        refusal = result[cause]
+        assert refusal["ranks"] == guilty
+        assert refusal["sequences"] == [RARE_SEQUENCE]
+        assert refusal["untouched"]
+        assert f"ranks {guilty}" in refusal["message"]
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+def test_the_update_after_a_refused_one_is_that_of_a_fresh_policy(policy_runs: PolicyRuns, layout: str) -> None:
+    for rank in range(2):
+        result = policy_runs.get(2, f"non_finite {layout}", rank)
+        assert result["metrics"] == result["clean_metrics"]
+
+
+# ------------------------------------------------------------------ reference model, schedule
+
+
+def test_the_reference_model_stays_where_it_started(policy_runs: PolicyRuns) -> None:
+    result = policy_runs.get(1, "reference_model")
+    for reference in [*result["reference"], result["reference_end"]]:
+        assert torch.equal(reference, result["start"])
+    assert not torch.equal(result["end"], result["start"])
+
+
+def test_the_kl_term_grows_from_zero(policy_runs: PolicyRuns) -> None:
+    first, second, third = policy_runs.get(1, "reference_model")["kl"]
+    assert first == 0.0
+    assert 0.0 < second < third
+
+
+def test_the_learning_rate_warms_up_and_stays(policy_runs: PolicyRuns) -> None:
+    """4 optimizer steps to 1e-3; as in Megatron-LM, the first step is taken at 0."""
+    expected = [0.0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3, 1e-3]
+    assert policy_runs.get(1, "learning_rates")["constant"] == pytest.approx(expected)
+
+
+def test_the_learning_rate_decays_linearly_to_its_minimum(policy_runs: PolicyRuns) -> None:
+    """2 steps of warm-up, then from 1e-3 to 1e-4 by step 6."""
+    expected = [0.0, 5e-4, 1e-3, 7.75e-4, 5.5e-4, 3.25e-4, 1e-4, 1e-4]
+    assert policy_runs.get(1, "learning_rates")["linear"] == pytest.approx(expected)

@@ -1,0 +1,72 @@
+"""Tiny Hugging Face models and tokenizers that tests build for themselves: this machine reaches no model hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+
+FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+def save_tiny_tokenizer(path: Path) -> None:
+    """A byte-level tokenizer without merges: one token a byte, so every text survives encode and decode.
+
+    `AutoTokenizer` ignores the pre-tokenizer of tokenizer.json when config.json says `qwen2` and builds the family's own,
+    which is byte-level too: with this vocabulary both agree.
+    """
+    vocabulary = {"<pad>": 0, "<eos>": 1}
+    for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[character] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(path)
+
+
+def save_tiny_model(
+    path: Path,
+    *,
+    family: str = "qwen2",
+    tied: bool = True,
+    rope_theta: float = 10000.0,
+    rope_scaling: dict[str, Any] | None = None,
+    layers: int = 2,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    vocab: int = 320,
+    max_positions: int = 512,
+    seed: int = 0,
+) -> Path:
+    """Write a randomly initialised model of `family` with its tokenizer to `path`; float32, head size hidden / heads."""
+    torch.manual_seed(seed)
+    config = FAMILIES[family](
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        max_position_embeddings=max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta, **(rope_scaling or {})},
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # A fresh initialisation gives nearly uniform logits, which would hide errors: spread them.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4.0)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    model.save_pretrained(path)
+    save_tiny_tokenizer(Path(path))
+    return Path(path)
