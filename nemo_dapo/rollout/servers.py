@@ -1,0 +1,329 @@
+"""Supervisor of the vLLM server processes of one run: start, watch, restart, end.
+
+Each server is `python -m vllm.entrypoints.openai.api_server` below a guardian (`guardian.py`) that outlives neither the
+server nor this process, so that a trainer killed by SIGKILL leaves no server, engine or worker process behind.
+(`vllm serve`, the console script, fails with the CPU wheel, which is a distribution of another name.)
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from nemo_dapo.config import Precision, RolloutConfig
+from nemo_dapo.rollout import guardian
+
+log = logging.getLogger(__name__)
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it writes a line for every request
+
+END_GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
+LOG_TAIL_LINES = 30
+BACKEND = "nemo_dapo_host_memory"  # the name under which vllm_plugin registers our weight transfer
+
+# What we set ourselves, and where the user says it instead.
+RESERVED = {
+    "model": "model.path",
+    "dtype": "model.precision",
+    "seed": "seed",
+    "host": "rollout.host",
+    "port": "rollout.port",
+    "api_key": "rollout.api_key",
+    "logprobs_mode": "nothing: the trainer needs processed_logprobs",
+    "tokens_only": "nothing: the trainer sends token ids",
+    "weight_transfer_config": "nothing: the trainer sends the weights",
+}
+# torchrun's variables describe the trainer's process group; a server that reads them would try to join it.
+LAUNCHER_VARIABLES = re.compile(
+    r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_.*|MASTER_ADDR|MASTER_PORT"
+    r"|TORCHELASTIC_.*|TORCH_NCCL_.*|PMI_.*|PMIX_.*|OMPI_.*)"
+)
+# No warm-up; the model runs in the engine's own process: one process less to start, no hop through shared memory.
+CPU_VARIABLES = {"VLLM_CPU_CI_ENV": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# vLLM on a CPU takes 92 % of the machine's memory for its cache by default, and compiles for minutes.
+CPU_ENGINE_OPTIONS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+DTYPES = {Precision.bf16: "bfloat16", Precision.fp32: "float32"}
+
+
+def engine_arguments(options: Mapping[str, Any]) -> list[str]:
+    """`rollout.vllm` as command-line arguments: `max_num_seqs: 64` -> `--max-num-seqs 64`, `enforce_eager: true` ->
+    `--enforce-eager`, `false` -> `--no-…`, a mapping -> JSON, a list -> several values; None leaves vLLM's default."""
+    arguments: list[str] = []
+    for key, value in options.items():
+        if key.replace("-", "_") in RESERVED:
+            raise ValueError(f"rollout.vllm.{key} is set by the trainer; change {RESERVED[key.replace('-', '_')]}")
+        flag = "--" + key.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            arguments.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, Mapping):
+            arguments += [flag, json.dumps(dict(value))]
+        elif isinstance(value, (list, tuple)):
+            arguments += [flag, *(str(each) for each in value)]
+        else:
+            arguments += [flag, str(value)]
+    return arguments
+
+
+def server_command(config: RolloutConfig, model_path: Path, precision: Precision, port: int, seed: int) -> list[str]:
+    """The command line of one server. The API key is not in it: command lines are public on a machine."""
+    defaults: dict[str, Any] = {"max_model_len": config.max_prompt_length + config.max_response_length}
+    if not torch.cuda.is_available():
+        defaults |= CPU_ENGINE_OPTIONS
+    fixed = ["--model", str(model_path), "--host", config.host, "--port", str(port), "--seed", str(seed)]
+    fixed += ["--dtype", DTYPES[precision], "--tokens-only", "--logprobs-mode", "processed_logprobs"]
+    fixed += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
+    # vLLM guards only its public routes with the key; the middleware guards those that change weights as well.
+    fixed += ["--middleware", "nemo_dapo.rollout.vllm_plugin.RequireKey", "--disable-uvicorn-access-log"]
+    module = [config.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    return module + fixed + engine_arguments({**defaults, **config.vllm})
+
+
+def server_environment(config: RolloutConfig, index: int, api_key: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Environment of server `index`: the trainer's without its launcher's variables, plus what vLLM reads.
+
+    Variables that the user has set win over our CPU defaults.
+    """
+    kept = {key: value for key, value in inherited.items() if not LAUNCHER_VARIABLES.fullmatch(key)}
+    cpu_defaults = {} if torch.cuda.is_available() else CPU_VARIABLES
+    if cpu_defaults and config.vllm.get("enforce_eager", CPU_ENGINE_OPTIONS["enforce_eager"]):
+        # Else one sampler function is still compiled by a C++ compiler, during the first request.
+        cpu_defaults = {**cpu_defaults, "TORCH_COMPILE_DISABLE": "1"}
+    devices = {"CUDA_VISIBLE_DEVICES": config.visible_devices[index]} if config.visible_devices else {}
+    ours = {
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes of weight transfer, pause and abort
+        "VLLM_PLUGINS": "nemo_dapo",  # other packages' plugins import what a server does not need
+        "VLLM_API_KEY": api_key,
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return {**cpu_defaults, **kept, **devices, **ours}
+
+
+def choose_ports(host: str, first: int, count: int) -> list[int]:
+    """`first`, `first + 1`, …, or free ports where `first` is 0; raises ValueError where one is in use."""
+    sockets: list[socket.socket] = []
+    try:
+        for index in range(count):
+            listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            sockets.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            port = first + index if first else 0
+            try:
+                listener.bind((host, port))
+                listener.listen(1)  # with SO_REUSEADDR only listening shows that another one listens
+            except OSError as problem:
+                raise ValueError(
+                    f"port {port} on {host} cannot be used for vLLM server {index} ({problem.strerror}); free it, or "
+                    f"set rollout.port to {count} free ports in a row, or to 0 for any free ones"
+                ) from problem
+        return [listener.getsockname()[1] for listener in sockets]
+    finally:
+        for listener in sockets:
+            listener.close()
+
+
+def connect_host(host: str) -> str:
+    """The address under which a server that listens on `host` is reached from this machine, ready for a URL."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a name
+        return host
+    if address.is_unspecified:
+        return "127.0.0.1" if address.version == 4 else "[::1]"
+    return host if address.version == 4 else f"[{host}]"
+
+
+def log_excerpt(path: Path, start: int) -> str:
+    """The first error lines and the last lines of a log from byte `start` on: vLLM's root cause is rarely its last."""
+    with path.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()
+    # vLLM warns of an exception of its chat warm-up at every start with token ids alone: warnings are no causes.
+    causes = [line for line in lines if re.search(r"\b\w*(Error|Exception): ", line) and " WARNING " not in line][:3]
+    tail = lines[-LOG_TAIL_LINES:]
+    earlier = [line for line in causes if line not in tail]
+    return "\n".join(earlier + (["…"] if earlier else []) + tail)
+
+
+@dataclass
+class Server:
+    """One server: its address, its guardian process and where its log of this start begins."""
+
+    index: int
+    port: int
+    url: str
+    log_path: Path
+    seed: int
+    process: subprocess.Popen[bytes] | None = None
+    log_start: int = 0
+
+    def exit_code(self) -> int | None:
+        """Exit code of the server, None while it runs (or before it was started)."""
+        return self.process.poll() if self.process else None
+
+    def describe_exit(self) -> str:
+        code = self.exit_code()
+        how = f"was killed by signal {code - 128}" if code and code > 128 else f"ended with exit code {code}"
+        return f"vLLM server {self.index} {how}. {self.log_path}:\n{log_excerpt(self.log_path, self.log_start)}"
+
+
+class VLLMServers:
+    """The servers of one run. `start` returns when all are healthy; `close` leaves no process behind."""
+
+    def __init__(
+        self, config: RolloutConfig, model_path: Path, precision: Precision, run_dir: Path, seed: int, scratch: str = ""
+    ) -> None:
+        if config.visible_devices and len(config.visible_devices) != config.num_servers:
+            raise ValueError(
+                f"rollout.visible_devices has {len(config.visible_devices)} entries, rollout.num_servers is "
+                f"{config.num_servers}; give one entry a server, or none"
+            )
+        self.config = config
+        self.model_path = model_path
+        self.precision = precision
+        self.scratch = scratch
+        self.api_key = config.api_key or secrets.token_urlsafe(32)
+        log_dir = run_dir / "servers"
+        log_dir.mkdir(parents=True, exist_ok=True)
+        ports = choose_ports(config.host, config.port, config.num_servers)
+        # Unseeded sampling draws from the process's generator: two servers with one seed give the same samples.
+        self.servers = [
+            Server(i, p, f"http://{connect_host(config.host)}:{p}", log_dir / f"server_{i}.log", seed + i)
+            for i, p in enumerate(ports)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.servers)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.api_key}"}
+
+    def http(self, index: int, timeout: float) -> httpx.Client:
+        """A client of server `index`; proxy variables of the environment do not apply."""
+        server = self.servers[index]
+        # The scheme is http: without `verify=False` httpx would load a certificate store for nothing.
+        return httpx.Client(base_url=server.url, headers=self.headers, timeout=timeout, trust_env=False, verify=False)
+
+    def start(self) -> None:
+        """Start every server and wait until all are healthy.
+
+        Raises RuntimeError when one ends at start, TimeoutError after `rollout.start_timeout` seconds; either way all
+        of them are ended first.
+        """
+        try:
+            for server in self.servers:
+                self._spawn(server)
+            deadline = time.monotonic() + self.config.start_timeout
+            for server in self.servers:
+                self._wait_healthy(server, deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    def alive(self, index: int) -> bool:
+        return self.servers[index].process is not None and self.servers[index].exit_code() is None
+
+    def describe_exit(self, index: int) -> str:
+        return self.servers[index].describe_exit()
+
+    def restart(self, index: int) -> None:
+        """End server `index` if it still runs, start it anew on its port and wait until it is healthy.
+
+        The new one gets a new seed: with the old one it would draw the same samples once more.
+        """
+        server = self.servers[index]
+        self._end(server)
+        server.seed += len(self.servers)
+        self._spawn(server)
+        self._wait_healthy(server, time.monotonic() + self.config.start_timeout)
+
+    def close(self) -> None:
+        """End all servers, in parallel; safe to call twice."""
+        for server in self.servers:
+            if server.process and server.process.stdin:
+                server.process.stdin.close()
+        for server in self.servers:
+            self._end(server)
+
+    def _spawn(self, server: Server) -> None:
+        config = self.config
+        command = server_command(config, self.model_path, self.precision, server.port, server.seed)
+        wrapper = [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), str(END_GRACE_SECONDS)]
+        with server.log_path.open("ab") as log_file:
+            server.log_start = log_file.tell()
+            server.process = subprocess.Popen(
+                [*wrapper, self.scratch, "--", *command],
+                stdin=subprocess.PIPE,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+                env=server_environment(config, server.index, self.api_key, os.environ),
+                start_new_session=True,  # Ctrl-C in the terminal reaches the trainer alone, which then ends the servers
+            )
+
+    def _wait_healthy(self, server: Server, deadline: float) -> None:
+        started = time.monotonic()
+        with self.http(server.index, timeout=5.0) as client:
+            while time.monotonic() < deadline:
+                if server.exit_code() is not None:
+                    raise RuntimeError(f"{server.describe_exit()}\n{remedy(server)}")
+                if is_healthy(client):
+                    log.info("vLLM server %d is ready at %s", server.index, server.url)
+                    return
+                time.sleep(0.2)
+        raise TimeoutError(
+            f"vLLM server {server.index} was not healthy after {time.monotonic() - started:.0f} s; expected within "
+            f"rollout.start_timeout={self.config.start_timeout:.0f} s: raise it, or see {server.log_path}:\n"
+            f"{log_excerpt(server.log_path, server.log_start)}"
+        )
+
+    def _end(self, server: Server) -> None:
+        """Close the pipe, which makes the guardian end the server; kill the guardian only when it does not."""
+        process = server.process
+        if process is None:
+            return
+        if process.stdin:
+            process.stdin.close()
+        try:
+            process.wait(timeout=2 * END_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.error("the guardian of vLLM server %d (pid %d) did not end; killing it", server.index, process.pid)
+            process.kill()
+            process.wait()
+
+
+def is_healthy(client: httpx.Client) -> bool:
+    """Whether the server answers /health with 200; a refused or failed connection is a no."""
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def remedy(server: Server) -> str:
+    """What a user can do about a server that ended at start, judged by its log."""
+    text = log_excerpt(server.log_path, server.log_start)
+    if "No module named 'vllm'" in text or "No module named vllm" in text:
+        return "remedy: install vLLM, or name the interpreter of its environment in rollout.python"
+    if "nemo_dapo" in text and ("No module named 'nemo_dapo'" in text or "Invalid weight transfer backend" in text):
+        return "remedy: `pip install --no-deps` this package into the environment of rollout.python as well"
+    if "address already in use" in text.lower():
+        return "remedy: free the port, or set rollout.port=0"
+    return "remedy: the log above names the cause; options of vLLM are set under rollout.vllm"

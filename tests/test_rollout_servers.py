@@ -1,0 +1,213 @@
+"""The supervisor of the servers, on stand-in servers that start at once; the real one is in test_rollout_vllm.py."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nemo_dapo.config import Precision, RolloutConfig
+from nemo_dapo.rollout import guardian
+from nemo_dapo.rollout.servers import (
+    VLLMServers,
+    choose_ports,
+    connect_host,
+    engine_arguments,
+    server_command,
+    server_environment,
+)
+
+END_SECONDS = 20.0  # generous: this machine may be busy
+
+
+def stand_in(path: Path, script: str) -> str:
+    """An 'interpreter' that runs `script` whatever its arguments are."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def servers_on(tmp_path: Path, script: str, **options: object) -> VLLMServers:
+    config = RolloutConfig(python=stand_in(tmp_path / "interpreter", script), **options)  # type: ignore[arg-type]
+    return VLLMServers(config, tmp_path, Precision.fp32, tmp_path / "run", seed=0)
+
+
+def wait_until(condition, seconds: float = END_SECONDS) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_engine_options_become_command_line_arguments():
+    options = {
+        "max_num_seqs": 8,
+        "enforce_eager": True,
+        "async_scheduling": False,
+        "hf_overrides": {"a": [1]},
+        "x": None,
+    }
+    assert engine_arguments(options) == [
+        "--max-num-seqs",
+        "8",
+        "--enforce-eager",
+        "--no-async-scheduling",
+        "--hf-overrides",
+        '{"a": [1]}',
+    ]
+
+
+@pytest.mark.parametrize("key", ["seed", "logprobs_mode", "logprobs-mode", "api_key"])
+def test_an_option_that_the_trainer_owns_is_refused_with_its_place(key):
+    with pytest.raises(ValueError, match=f"rollout.vllm.{key} is set by the trainer; change"):
+        engine_arguments({key: 1})
+
+
+def test_the_command_asks_for_processed_logprobs_and_does_not_show_the_key(tmp_path):
+    config = RolloutConfig(api_key="s3cret", max_prompt_length=3, max_response_length=4)
+    command = server_command(config, tmp_path, Precision.bf16, 5, 6)
+    pairs = list(itertools.pairwise(command))
+    for pair in [("--logprobs-mode", "processed_logprobs"), ("--dtype", "bfloat16"), ("--max-model-len", "7")]:
+        assert pair in pairs
+    assert ("-m", "vllm.entrypoints.openai.api_server") in pairs
+    assert "s3cret" not in " ".join(command)
+
+
+def test_the_launchers_variables_do_not_reach_a_server():
+    launcher = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    launcher |= {"TORCHELASTIC_RUN_ID": "x", "ROLE_RANK": "0", "GROUP_RANK": "0"}
+    config = RolloutConfig(visible_devices=["0,1", "2,3"], num_servers=2)
+    environment = server_environment(config, 1, "key", {**launcher, "PATH": "/bin", "HF_HOME": "/h"})
+    assert not launcher.keys() & environment.keys()
+    assert (environment["PATH"], environment["HF_HOME"]) == ("/bin", "/h")
+    assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert environment["VLLM_API_KEY"] == "key"
+
+
+def test_servers_of_one_run_differ_in_seed_and_port(tmp_path):
+    servers = servers_on(tmp_path, "exit 0", num_servers=3)
+    assert len({server.seed for server in servers.servers}) == 3
+    assert len({server.port for server in servers.servers}) == 3
+
+
+def test_a_random_key_is_made_when_none_is_given(tmp_path):
+    first, second = servers_on(tmp_path, "exit 0"), servers_on(tmp_path, "exit 0")
+    assert len(first.api_key) >= 32
+    assert first.api_key != second.api_key
+
+
+def test_devices_and_servers_must_match_in_number(tmp_path):
+    with pytest.raises(ValueError, match=r"visible_devices has 1 entries, rollout.num_servers is 2"):
+        servers_on(tmp_path, "exit 0", num_servers=2, visible_devices=["0"])
+
+
+def test_a_port_in_use_is_an_error_that_names_it(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port {port} on 127.0.0.1 .*rollout.port"):
+            servers_on(tmp_path, "exit 0", port=port)
+
+
+def test_free_ports_are_different_and_can_be_used_at_once():
+    ports = choose_ports("127.0.0.1", 0, 4)
+    assert len(set(ports)) == 4
+    for port in ports:
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+@pytest.mark.parametrize(
+    ("host", "reached"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("node-7", "node-7")],
+)
+def test_the_address_to_connect_to_follows_the_one_to_listen_on(host, reached):
+    assert connect_host(host) == reached
+
+
+def test_a_server_that_dies_at_start_is_reported_with_exit_code_and_log(tmp_path):
+    script = 'echo " WARNING ValueError: chat warm-up"; echo "ValueError: no such model"; seq -f "line %g" 0 59; exit 3'
+    servers = servers_on(tmp_path, script)
+    with pytest.raises(
+        RuntimeError, match=r"(?s)exit code 3.*server_0\.log.*ValueError: no such model.*line 59.*remedy"
+    ):
+        servers.start()
+    assert not servers.alive(0)
+
+
+def test_a_server_killed_at_start_is_reported_with_its_signal(tmp_path):
+    with pytest.raises(RuntimeError, match="killed by signal 9"):
+        servers_on(tmp_path, "kill -9 $$").start()
+
+
+def test_a_server_that_never_answers_is_ended_at_the_deadline(tmp_path):
+    servers = servers_on(tmp_path, f"sleep 987 & echo $! > {tmp_path}/pid; wait", start_timeout=2.0)
+    with pytest.raises(TimeoutError, match=r"expected within rollout.start_timeout=2 s"):
+        servers.start()
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_closing_ends_a_server_that_ignores_sigterm(tmp_path, monkeypatch):
+    monkeypatch.setattr("nemo_dapo.rollout.servers.END_GRACE_SECONDS", 0.5)
+    servers = servers_on(tmp_path, f'trap "" TERM; echo $$ > {tmp_path}/pid; while true; do sleep 1; done')
+    servers._spawn(servers.servers[0])
+    assert wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip() != "")
+    servers.close()
+    servers.close()
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+# A stand-in server with a child in its group and one that left it, as an engine process might.
+FAMILY = "sleep 987 & echo $! >> {out}; setsid sleep 987 & echo $! >> {out}; echo $$ >> {out}; wait"
+# The trainer: starts the guardian, then forks, and the fork keeps the pipe's write end open for ever.
+TRAINER = """
+import os, subprocess, sys, time
+guardian, scratch, out, script = sys.argv[1:]
+subprocess.Popen([sys.executable, "-I", "-S", guardian, str(os.getpid()), "1", scratch, "--", "sh", "-c", script],
+                 stdin=subprocess.PIPE, start_new_session=True)
+if os.fork() == 0:
+    open(out, "a").close()
+time.sleep(987)
+"""
+
+
+@pytest.mark.slow
+def test_a_parent_killed_by_sigkill_leaves_no_server_and_no_weights(tmp_path):
+    out, scratch = tmp_path / "pids", tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "weights").touch()
+    arguments = [guardian.__file__, str(scratch), str(out), FAMILY.format(out=out)]
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, *arguments], start_new_session=True)
+    try:
+        assert wait_until(lambda: out.exists() and len(out.read_text().split()) == 3)
+        pids = [int(pid) for pid in out.read_text().split()]
+        assert all(map(alive, pids))
+        os.kill(trainer.pid, signal.SIGKILL)
+        trainer.wait()
+        assert wait_until(lambda: not any(map(alive, pids)))
+        assert wait_until(lambda: not scratch.exists())
+    finally:
+        os.killpg(trainer.pid, signal.SIGKILL)  # the fork
+
+
+def test_a_guardian_that_is_killed_takes_the_server_along(tmp_path):
+    servers = servers_on(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 987")
+    servers._spawn(servers.servers[0])
+    try:
+        assert wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip() != "")
+        process = servers.servers[0].process
+        assert process is not None
+        process.kill()
+        assert wait_until(lambda: not alive(int((tmp_path / "pid").read_text())))
+    finally:
+        servers.close()

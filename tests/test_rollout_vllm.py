@@ -1,0 +1,238 @@
+"""The engine over a real vLLM server on this machine: numbers, versions, cancellation, and what happens when things die.
+
+Shapes: R response tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from nemo_dapo.rollout.engine import VLLMEngine
+from nemo_dapo.types import Prompt, Sample, SamplingParams
+from tests.conftest import TINY_VLLM, tiny_engine
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
+
+PROMPT = Prompt(uid="p", token_ids=(20, 21, 22, 23, 24), problem="", ground_truth="")
+# float32 on both sides, sums of some hundred terms in another order: differences around 1e-6, bounded by the 1e-4 that
+# the project promises between trainer and rollout.
+LOGPROB_TOLERANCE = 1e-4
+END_TOKEN = 1
+
+
+def hf_model(path: Path, change: float = 0.0) -> PreTrainedModel:
+    """The Hugging Face model of `path` in float32; `change` scales every matrix, another one for each value."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            if parameter.ndim == 2:
+                parameter.mul_(1.0 + change * (1 + number % 3))
+    return model
+
+
+def hf_logprobs(model: PreTrainedModel, sample: Sample, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probability of each response token: [R] float32."""
+    ids = torch.tensor([PROMPT.token_ids + sample.token_ids])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(PROMPT.token_ids) - 1 : -1] / temperature  # [R, V]
+    return torch.log_softmax(logits, -1).gather(1, ids[0, len(PROMPT.token_ids) :, None])[:, 0]
+
+
+def gap(model: PreTrainedModel, samples: list[Sample], temperature: float = 1.0) -> float:
+    """Mean absolute difference between vLLM's and Hugging Face's log-probabilities."""
+    differences = [hf_logprobs(model, s, temperature) - torch.tensor(s.logprobs) for s in samples]
+    return torch.cat(differences).abs().mean().item()
+
+
+def sample(engine: VLLMEngine, n: int = 8, **params: float) -> list[Sample]:
+    options = {"max_tokens": 48, **params}
+    return asyncio.run(engine.generate(PROMPT, n, SamplingParams(**options)))  # type: ignore[arg-type]
+
+
+def push(engine: VLLMEngine, model: PreTrainedModel) -> int:
+    """Give the engine the weights of `model` as its next version."""
+    version = engine.version + 1
+    engine.update_weights(model.named_parameters(), version)
+    return version
+
+
+def metric(engine: VLLMEngine, name: str) -> float:
+    """Value of one of the server's metrics."""
+    with engine.servers.http(0, 30.0) as http:
+        text = http.get("/metrics").text
+    return sum(float(value) for value in re.findall(rf"^vllm:{name}{{.*}} (\S+)$", text, re.MULTILINE))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (reached := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return reached
+
+
+def check_update(engine: VLLMEngine, path: Path) -> None:
+    """Logprobs equal Hugging Face's before and after an update, and the update really changed something."""
+    before, after = hf_model(path), hf_model(path, change=0.1)
+    push(engine, before)
+    old = sample(engine)
+    assert gap(before, old) < LOGPROB_TOLERANCE
+    assert gap(after, old) > 100 * LOGPROB_TOLERANCE
+    version = push(engine, after)
+    new = sample(engine)
+    assert gap(after, new) < LOGPROB_TOLERANCE
+    assert {(s.versions[0].version, s.versions[0].end) for s in new} == {(version, len(s.token_ids)) for s in new}
+
+
+def test_logprobs_equal_hugging_face_before_and_after_an_update_with_tied_embeddings(vllm_engine, tiny_models):
+    check_update(vllm_engine, tiny_models["tied"])
+
+
+def test_logprobs_are_those_of_the_sampled_distribution_at_another_temperature(vllm_engine, tiny_models):
+    model = hf_model(tiny_models["tied"])
+    push(vllm_engine, model)
+    samples = sample(vllm_engine, temperature=0.6)
+    assert gap(model, samples, temperature=0.6) < LOGPROB_TOLERANCE
+    assert gap(model, samples) > 100 * LOGPROB_TOLERANCE
+
+
+def test_samples_of_one_prompt_differ_and_end_with_their_end_token(vllm_engine):
+    samples = sample(vllm_engine, n=64, max_tokens=256)
+    assert len({s.token_ids for s in samples}) == 64
+    ended = [s for s in samples if s.finish_reason == "stop"]
+    assert ended  # the chance that none of 64 x 256 tokens over 320 ids is the end token is nil
+    for s in samples:
+        assert len(s.logprobs) == len(s.token_ids)
+        assert s.truncated == (s.token_ids[-1] != END_TOKEN and len(s.token_ids) == 256)
+        assert (s.finish_reason == "stop") == (s.token_ids[-1] == END_TOKEN)
+        assert END_TOKEN not in s.token_ids[:-1]
+        assert "<eos>" not in s.text
+
+
+def test_tokens_sampled_across_an_update_know_their_version_and_its_logprobs(vllm_engine, tiny_models):
+    old, new = hf_model(tiny_models["tied"]), hf_model(tiny_models["tied"], change=0.05)
+    first = push(vllm_engine, old)
+    results: list[Sample] = []
+    thread = threading.Thread(target=lambda: results.extend(sample(vllm_engine, n=128, max_tokens=384)))
+    thread.start()
+    assert wait_until(lambda: metric(vllm_engine, "num_requests_running") > 0)
+    second = push(vllm_engine, new)
+    thread.join()
+    crossed = [s for s in results if len(s.versions) == 2]
+    assert crossed  # else the update came before the first or after the last token
+    for s in crossed:
+        assert [span.version for span in s.versions] == [first, second]
+        cut = s.versions[0].end
+        # The key-value cache is recomputed after the update, so the new model's logprobs hold for the whole rest.
+        expected = torch.cat([hf_logprobs(old, s)[:cut], hf_logprobs(new, s)[cut:]])
+        assert (expected - torch.tensor(s.logprobs)).abs().mean() < LOGPROB_TOLERANCE
+
+
+def test_an_incomplete_export_leaves_the_server_as_it_was(vllm_engine, tiny_models):
+    model = hf_model(tiny_models["tied"])
+    version = push(vllm_engine, model)
+    with pytest.raises(ValueError, match="missing"):
+        vllm_engine.update_weights(list(model.named_parameters())[1:], version + 1)
+    assert vllm_engine.version == version
+    assert gap(model, sample(vllm_engine)) < LOGPROB_TOLERANCE
+
+
+def test_a_cancelled_request_stops_on_the_server(vllm_engine):
+    params, n = SamplingParams(max_tokens=384), 200  # seconds of work
+    complete = sample(vllm_engine, n=32, max_tokens=384)
+    whole = n * sum(len(s.token_ids) for s in complete) / len(complete)
+    before = metric(vllm_engine, "generation_tokens_total")
+
+    async def cancel() -> None:
+        task = asyncio.create_task(vllm_engine.generate(PROMPT, n, params))
+        running = lambda: metric(vllm_engine, "num_requests_running") > 0  # noqa: E731
+        assert await asyncio.to_thread(wait_until, running)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    assert wait_until(lambda: metric(vllm_engine, "num_requests_running") == 0)
+    # Half: room for the time that passes on a busy machine until the cancellation takes effect.
+    assert metric(vllm_engine, "generation_tokens_total") - before < 0.5 * whole
+
+
+@pytest.mark.parametrize("route", ["/weight_info", "/inference/v1/generate", "/update_weights", "/collective_rpc"])
+def test_every_route_that_matters_needs_the_key(vllm_engine, route):
+    url = vllm_engine.servers.servers[0].url
+    for headers in ({}, {"Authorization": "Bearer wrong"}):
+        assert httpx.request("POST", url + route, headers=headers, trust_env=False).status_code == 401
+
+
+def engine_process(engine: VLLMEngine) -> psutil.Process:
+    """The process in which the model runs, below the API server, below the guardian."""
+    process = engine.servers.servers[0].process
+    assert process is not None
+    return next(p for p in psutil.Process(process.pid).children(recursive=True) if "EngineCore" in p.name())
+
+
+def test_a_killed_server_is_restarted_with_the_newest_weights_and_its_requests_sent_again(vllm_engine, tiny_models):
+    model = hf_model(tiny_models["tied"], change=0.2)
+    version = push(vllm_engine, model)
+    restarts = vllm_engine.restarts
+
+    async def scenario() -> list[list[Sample]]:
+        params = SamplingParams(max_tokens=256)
+        tasks = [asyncio.create_task(vllm_engine.generate(PROMPT, 16, params)) for _ in range(4)]
+        running = lambda: metric(vllm_engine, "num_requests_running") > 0  # noqa: E731
+        assert await asyncio.to_thread(wait_until, running)
+        engine_process(vllm_engine).kill()
+        return await asyncio.gather(*tasks)
+
+    groups = asyncio.run(scenario())
+    assert vllm_engine.restarts == restarts + 1
+    assert [len(group) for group in groups] == [16] * 4
+    everything = [s for group in groups for s in group]
+    assert {span.version for s in everything for span in s.versions} == {version}
+    assert gap(model, everything) < LOGPROB_TOLERANCE
+
+
+def test_logprobs_equal_hugging_face_before_and_after_an_update_with_untied_embeddings(tiny_models, tmp_path):
+    with tiny_engine(tiny_models["untied"], tmp_path) as engine:
+        assert {span.version for s in sample(engine) for span in s.versions} == {0}
+        check_update(engine, tiny_models["untied"])
+
+
+TRAINER = """
+import sys
+from pathlib import Path
+from nemo_dapo.config import Precision, RolloutConfig
+from nemo_dapo.rollout.servers import VLLMServers
+config = RolloutConfig(max_prompt_length=16, max_response_length=16, vllm={options})
+VLLMServers(config, Path(sys.argv[1]), Precision.fp32, Path(sys.argv[2]), 0).start()
+"""
+
+
+def test_a_trainer_killed_by_sigkill_leaves_no_process_of_vllm(tiny_models, tmp_path):
+    code = TRAINER.format(options=repr(TINY_VLLM))
+    trainer = subprocess.Popen([sys.executable, "-c", code, str(tiny_models["tied"]), str(tmp_path)])
+    family: list[psutil.Process] = []
+
+    def engine_has_started() -> bool:
+        family[:] = psutil.Process(trainer.pid).children(recursive=True)
+        return any("EngineCore" in p.name() for p in family)
+
+    assert wait_until(engine_has_started, 300.0)
+    os.kill(trainer.pid, signal.SIGKILL)
+    trainer.wait()
+    _, remaining = psutil.wait_procs(family, timeout=60.0)
+    assert remaining == []

@@ -1,0 +1,189 @@
+"""The trainer's side of a weight update: completeness, files, and the calls a server gets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemo_dapo.rollout import weight_sync
+from nemo_dapo.rollout.weight_sync import (
+    ExpectedWeights,
+    WeightStore,
+    buckets,
+    check_weights,
+    expected_weights,
+    push_weights,
+)
+
+WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+EXPECTED = ExpectedWeights({"a": (2, 3), "b": (4,)})
+
+
+@pytest.fixture
+def store():
+    opened = WeightStore(EXPECTED, 4)
+    yield opened
+    opened.close()
+
+
+def test_a_tied_model_may_come_with_or_without_its_output_layer(tiny_models):
+    expected = expected_weights(tiny_models["tied"])
+    sent = dict(expected.shapes)
+    assert "lm_head.weight" not in sent
+    check_weights(sent, expected)
+    check_weights(sent | {"lm_head.weight": sent["model.embed_tokens.weight"]}, expected)
+
+
+def test_an_untied_model_needs_its_output_layer(tiny_models):
+    expected = expected_weights(tiny_models["untied"])
+    sent = {name: shape for name, shape in expected.shapes.items() if name != "lm_head.weight"}
+    with pytest.raises(ValueError, match=r"1 missing: lm_head\.weight"):
+        check_weights(sent, expected)
+
+
+def test_names_are_read_from_every_file_of_an_index(tmp_path):
+    for number, (name, tensor) in enumerate(WEIGHTS.items()):
+        weight_sync.save_file({name: tensor}, tmp_path / f"part{number}.safetensors")
+    weight_map = {name: f"part{number}.safetensors" for number, name in enumerate(WEIGHTS)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "config.json").write_text("{}")
+    assert expected_weights(tmp_path) == EXPECTED
+    assert expected_weights(tmp_path).num_elements == 10
+
+
+def test_a_folder_without_safetensors_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"no \*\.safetensors files; save the model with safe serialization"):
+        expected_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        ([("a", WEIGHTS["a"])], "1 missing: b"),
+        ([*WEIGHTS.items(), ("c", torch.ones(1))], "1 unexpected: c"),
+        ([("a", torch.ones(3, 2)), ("b", WEIGHTS["b"])], r"1 of the wrong shape: a \(3, 2\) instead of \(2, 3\)"),
+        ([*WEIGHTS.items(), ("a", WEIGHTS["a"])], "a was exported twice"),
+        ([("c", torch.ones(1))], "2 missing: a, b; 1 unexpected: c"),
+    ],
+)
+def test_every_parameter_must_be_sent_exactly_once_or_nothing_is_kept(store, stream, message):
+    with pytest.raises(ValueError, match=message):
+        store.write(stream, 1)
+    assert list(store.folder.iterdir()) == []
+
+
+def test_the_files_hold_the_weights_bit_for_bit_and_only_the_newest(store):
+    store.write([("a", torch.zeros(2, 3)), ("b", WEIGHTS["b"])], 1)
+    files = store.write(WEIGHTS.items(), 2)
+    assert sorted(files) == sorted(store.folder.iterdir())
+    read = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert read.keys() == WEIGHTS.keys()
+    for name, tensor in WEIGHTS.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+
+
+def test_files_go_when_the_export_fails_and_when_the_store_closes(store):
+    def failing():
+        yield "a", WEIGHTS["a"]
+        raise RuntimeError("export")
+
+    with pytest.raises(RuntimeError, match="export"):
+        store.write(failing(), 1)
+    assert list(store.folder.iterdir()) == []
+    store.write(WEIGHTS.items(), 2)
+    store.close()
+    assert not store.folder.exists()
+
+
+def test_the_folder_is_private_and_in_shared_memory(store):
+    assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
+    if weight_sync.SHARED_MEMORY.is_dir():
+        assert store.folder.parent == weight_sync.SHARED_MEMORY
+
+
+def test_a_full_or_absent_shared_memory_falls_back_and_says_so(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(weight_sync, "SHARED_MEMORY", tmp_path)
+    assert weight_sync.roomy_folder(1) == tmp_path
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    assert weight_sync.roomy_folder(11) != tmp_path
+    monkeypatch.setattr(weight_sync, "SHARED_MEMORY", tmp_path / "absent")
+    assert weight_sync.roomy_folder(1) != tmp_path
+    assert "0.00 GB free" in caplog.text
+    assert "does not exist" in caplog.text
+
+
+def test_buckets_are_bounded_keep_the_order_and_do_not_share_memory():
+    shared = torch.zeros(4)  # 16 bytes
+    stream = [("a", shared), ("b", shared[:2]), ("c", shared), ("large", torch.zeros(100)), ("d", shared)]
+    groups = list(buckets(iter(stream), limit=24))
+    assert [list(group) for group in groups] == [["a", "b"], ["c"], ["large"], ["d"]]
+    shared.fill_(1.0)  # an exporter that reuses its buffer
+    assert groups[0]["a"].sum() == 0
+    assert groups[0]["b"].data_ptr() != groups[0]["a"].data_ptr()
+
+
+def server_with(routes: dict[str, httpx.Response], calls: list[str]) -> httpx.Client:
+    """A server that answers 200 but for `routes`, and records the calls."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        calls.append(request.url.path)
+        default = httpx.Response(200, json={"weight_version": "4"})
+        return routes.get(request.url.path, default)
+
+    return httpx.Client(transport=httpx.MockTransport(answer), base_url="http://server")
+
+
+def test_an_update_pauses_first_reads_the_version_back_and_resumes_last():
+    calls: list[str] = []
+    push_weights(server_with({}, calls), [Path("x")], 4, time.monotonic() + 10)
+    assert calls[:3] == ["/pause", "/start_weight_update", "/update_weights"]
+    assert calls.index("/finish_weight_update") < calls.index("/reset_prefix_cache") < calls.index("/weight_info")
+    assert calls[-1] == "/resume"
+
+
+def test_a_server_with_another_version_after_the_update_is_an_error():
+    with pytest.raises(RuntimeError, match=r"has weights .*4.* after the update, not 5"):
+        push_weights(server_with({}, []), [Path("x")], 5, time.monotonic() + 10)
+
+
+def test_a_server_that_refuses_the_weights_is_an_error_and_is_not_resumed():
+    calls: list[str] = []
+    client = server_with({"/update_weights": httpx.Response(500, text="size mismatch")}, calls)
+    with pytest.raises(RuntimeError, match=r"/update_weights of http://server.* failed: HTTP 500 size mismatch"):
+        push_weights(client, [Path("x")], 4, time.monotonic() + 10)
+    assert "/resume" not in calls
+
+
+def test_a_server_too_old_for_sessions_and_versions_is_updated_without_them():
+    absent = httpx.Response(404)
+    old = dict.fromkeys(("/start_weight_update", "/finish_weight_update", "/update_weight_version"), absent)
+    calls: list[str] = []
+    push_weights(server_with(old, calls), [Path("x")], 5, time.monotonic() + 10)
+    assert "/update_weights" in calls
+    assert calls[-1] == "/resume"
+
+
+def test_an_update_past_its_deadline_stops():
+    with pytest.raises(TimeoutError, match=r"no time left for /pause .*rollout.sync_timeout"):
+        push_weights(server_with({}, []), [Path("x")], 4, time.monotonic() - 1)
+
+
+@pytest.mark.slow
+def test_the_trainers_side_imports_without_vllm():
+    code = (
+        "import sys; sys.modules['vllm'] = None\n"
+        "import nemo_dapo.rollout.engine\n"
+        "assert not [name for name in sys.modules if name.startswith('vllm.')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
