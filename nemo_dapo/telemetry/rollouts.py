@@ -1,0 +1,153 @@
+"""Every rollout of a step as a Parquet file: prompts, responses, verdicts, rewards, advantages, versions, to be browsed.
+
+One row a sample, in submission order; N groups of G samples, advantages and rewards [N, G].
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nemo_dapo.types import Group, Sample
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("group", pa.int64()),  # submission order within the run
+        ("sample", pa.int32()),  # within the group
+        ("uid", pa.string()),
+        ("source", pa.string()),
+        ("problem", pa.string()),
+        ("ground_truth", pa.string()),
+        ("response", pa.string()),
+        ("correct", pa.bool_()),  # null where the verifier failed
+        ("extracted", pa.string()),
+        ("error", pa.string()),
+        ("score", pa.float64()),  # before shaping; null = reward.correct or reward.incorrect
+        ("reward", pa.float64()),
+        ("advantage", pa.float64()),
+        ("prompt_tokens", pa.int32()),
+        ("response_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("mean_logprob", pa.float64()),  # nats a token, under the engine
+        ("versions", pa.list_(pa.struct([("version", pa.int64()), ("start", pa.int32()), ("end", pa.int32())]))),
+    ]
+)
+CHUNK_BYTES = 4 << 20  # of uncompressed rows in one row group
+
+
+@dataclass(frozen=True)
+class RolloutDump:
+    """What one dump holds. `groups_left_out` did not fit within the bound."""
+
+    path: Path
+    groups_written: int
+    groups_left_out: int
+
+
+def write_rollouts(
+    path: Path,
+    groups: Sequence[Group],
+    rewards: Sequence[Sequence[float]],
+    advantages: Sequence[Sequence[float]],
+    *,
+    step: int,
+    max_mb: int,
+) -> RolloutDump:
+    """Writes the samples of `groups` to `path`, whole or not at all, in at most `max_mb` MiB.
+
+    Groups are written whole and in order; those that would pass the bound are left out. Tensors serve as rewards and
+    advantages after `.tolist()`.
+    """
+    if not len(groups) == len(rewards) == len(advantages):
+        raise ValueError(
+            f"{len(groups)} groups need as many rows of rewards and advantages, got {len(rewards)} and {len(advantages)}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    tables = (_table(step, *row) for row in zip(groups, rewards, advantages, strict=True))
+    # Parquet's footer grows by some kB a row group: a 32nd of the bound, and 64 kB, are kept for it.
+    budget = max_mb * 2**20 * 31 // 32 - 2**16
+    written = 0
+    with open(temporary, "wb") as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+        for chunk in _chunks(tables):
+            # Compression never makes a chunk larger than it is in memory, so this cannot overshoot.
+            fitting = _fitting(chunk, budget - file.tell())
+            if fitting:
+                writer.write_table(pa.concat_tables(fitting))
+            written += len(fitting)
+            if len(fitting) < len(chunk):
+                break
+    os.replace(temporary, path)
+    return RolloutDump(path, written, len(groups) - written)
+
+
+def _chunks(tables: Iterator[pa.Table]) -> Iterator[list[pa.Table]]:
+    chunk: list[pa.Table] = []
+    for table in tables:
+        chunk.append(table)
+        if sum(one.nbytes for one in chunk) >= CHUNK_BYTES:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _fitting(tables: list[pa.Table], room: int) -> list[pa.Table]:
+    """The first of `tables` that together take at most `room` bytes."""
+    kept = []
+    for table in tables:
+        room -= table.nbytes
+        if room < 0:
+            break
+        kept.append(table)
+    return kept
+
+
+def _table(step: int, group: Group, rewards: Sequence[float], advantages: Sequence[float]) -> pa.Table:
+    shared = {
+        "step": step,
+        "group": group.index,
+        "uid": group.prompt.uid,
+        "source": _clean(group.prompt.source),
+        "problem": _clean(group.prompt.problem),
+        "ground_truth": _clean(group.prompt.ground_truth),
+        "prompt_tokens": len(group.prompt.token_ids),
+    }
+    judged = zip(group.samples, group.verdicts, rewards, advantages, strict=True)
+    rows = [
+        shared
+        | _sample(sample)
+        | {
+            "sample": number,
+            "correct": None if verdict.error is not None else verdict.correct,
+            "extracted": _clean(verdict.extracted),
+            "error": _clean(verdict.error),
+            "score": verdict.score,
+            "reward": reward,
+            "advantage": advantage,
+        }
+        for number, (sample, verdict, reward, advantage) in enumerate(judged)
+    ]
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def _sample(sample: Sample) -> dict[str, Any]:
+    return {
+        "response": _clean(sample.text),
+        "response_tokens": len(sample.token_ids),
+        "finish_reason": sample.finish_reason,
+        "mean_logprob": sum(sample.logprobs) / len(sample.logprobs) if sample.logprobs else None,
+        "versions": [{"version": v.version, "start": v.start, "end": v.end} for v in sample.versions],
+    }
+
+
+def _clean(text: str | None) -> str | None:
+    """Lone surrogates, which a model's text may hold and Parquet refuses, as question marks."""
+    return None if text is None else text.encode("utf-8", "replace").decode()
