@@ -1,0 +1,169 @@
+"""What only rank 0 does: prompts to judged groups to a batch, evaluation, and the record of the run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nemo_dapo.algorithm import group_advantages, overlong_penalty
+from nemo_dapo.batching import make_batch
+from nemo_dapo.config import RunConfig
+from nemo_dapo.data.loader import PromptLoader
+from nemo_dapo.evaluation import EvaluationResult, evaluate
+from nemo_dapo.interfaces import Rewarder, RolloutEngine
+from nemo_dapo.rewards.shaping import score_of
+from nemo_dapo.sampling import Collected, GroupSampler
+from nemo_dapo.telemetry.rollouts import write_rollouts
+from nemo_dapo.telemetry.sinks import Sink, console_line
+from nemo_dapo.types import Group, Prompt, SamplingParams, TrainBatch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One step's groups as the trainer needs them, and what is worth recording of them."""
+
+    batch: TrainBatch
+    groups: tuple[Group, ...]
+    metrics: dict[str, float]
+
+
+class Controller:
+    """Owns the five objects' rank-0 side; `engine`, `rewarder`, `loader` are closed by whoever made them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        engine: RolloutEngine,
+        rewarder: Rewarder,
+        loader: PromptLoader,
+        eval_sets: Mapping[str, Sequence[Prompt]],
+        sink: Sink,
+    ) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.engine, self.rewarder, self.loader = engine, rewarder, loader
+        self.eval_sets, self.sink = eval_sets, sink
+        rollout, algorithm = config.rollout, config.algorithm
+        self.sampler = GroupSampler(
+            engine,
+            rewarder,
+            loader,
+            group_size=algorithm.group_size,
+            params=SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_length),
+            dynamic_sampling=algorithm.dynamic_sampling,
+            max_attempts=algorithm.max_attempts,
+            timeout=rollout.request_timeout,
+        )
+
+    async def collect(self, step: int) -> Rollout:
+        """Algorithm 1, lines 2 to 9: sample, reward, filter until the buffer holds N groups, then their advantages."""
+        wanted = self.config.algorithm.prompts_per_step
+        with tqdm(total=wanted, desc=f"step {step} rollout", unit="group", leave=False, disable=self._no_bar()) as bar:
+            self.sampler.on_progress = lambda accepted, sampled: _advance(bar, accepted, sampled)
+            collected = await self.sampler.collect(wanted)
+        for group in collected.judged:
+            if not group.num_errors:
+                self.loader.record(group.prompt.uid, group.num_correct, len(group.samples))
+        advantages = self._advantages(self._rewards(collected.groups))
+        self._dump(step, collected)
+        return Rollout(make_batch(collected.groups, advantages), collected.groups, self._metrics(collected))
+
+    def _rewards(self, groups: Sequence[Group]) -> torch.Tensor:
+        """[N, G]: the verdict's score plus the soft overlong punishment (Eq. 13)."""
+        config, overlong = self.config.reward, self.config.reward.overlong
+        shape = (len(groups), self.config.algorithm.group_size)
+        scores = torch.tensor([[score_of(v, config) for v in g.verdicts] for g in groups]).reshape(shape)
+        if not overlong.buffer:
+            return scores
+        lengths = torch.tensor([[len(s.token_ids) for s in g.samples] for g in groups]).reshape(shape)
+        return scores + overlong_penalty(
+            lengths,
+            max_length=self.config.rollout.max_response_length,
+            buffer=overlong.buffer,
+            factor=overlong.factor,
+        )
+
+    def _metrics(self, collected: Collected) -> dict[str, float]:
+        metrics = collected.metrics()
+        # Over all judged groups, as the accuracy is: the kept ones alone are mixed by construction, so their mean is flat.
+        rewards = self._rewards([group for group in collected.judged if not group.num_errors])
+        metrics["rollout/reward"] = float(rewards.mean()) if rewards.numel() else 0.0
+        metrics["rollout/tokens_per_second"] = collected.generated_tokens / max(collected.seconds, 1e-9)
+        metrics["rollout/prompts_consumed"] = float(self.sampler.counters["groups_judged"])
+        return metrics
+
+    def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
+        return group_advantages(rewards, normalize_std=self.config.algorithm.normalize_std)
+
+    def _dump(self, step: int, collected: Collected) -> None:
+        """Every judged group, kept or not; one with a verifier error has no rewards."""
+        every = self.config.logger.rollout_every
+        if not every or step % every:
+            return
+        groups = sorted(collected.judged, key=lambda group: group.index)
+        rewards = torch.full((len(groups), self.config.algorithm.group_size), torch.nan)
+        for row, group in zip(rewards, groups, strict=True):
+            if not group.num_errors:
+                row[:] = self._rewards([group])[0]
+        path = self.run_dir / "rollouts" / f"step_{step:06d}.parquet"
+        dump = write_rollouts(
+            path,
+            groups,
+            rewards.tolist(),
+            self._advantages(rewards).tolist(),
+            step=step,
+            max_mb=self.config.logger.rollout_max_mb,
+        )
+        if dump.groups_left_out:
+            log.warning("%s: %d groups did not fit logger.rollout_max_mb", path, dump.groups_left_out)
+
+    async def evaluate(self, step: int) -> EvaluationResult:
+        """Sample and judge the evaluation sets; per-problem results go to `evaluation/step_*.jsonl`."""
+        rollout = self.config.rollout
+        result = await evaluate(
+            self.engine,
+            self.rewarder,
+            self.eval_sets,
+            self.config.evaluation,
+            max_response_length=rollout.max_response_length,
+            max_concurrent_sequences=rollout.max_concurrent_sequences * rollout.num_servers,
+            progress=not self._no_bar(),
+        )
+        result.write_jsonl(self.run_dir / "evaluation" / f"step_{step:06d}.jsonl")
+        for one in result.sets.values():
+            print(one, flush=True)
+        return result
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One record to every sink, one line to the human."""
+        self.sink.log(step, metrics)
+        print(console_line(metrics, step=step, max_steps=self.config.trainer.max_steps), flush=True)
+
+    def export_statistics(self) -> None:
+        """How often each problem was solved so far, to `solve_statistics.jsonl`."""
+        prompts = (prompt for chosen in self.loader.sets for prompt in chosen.prompts)
+        self.loader.curriculum.export(self.run_dir / "solve_statistics.jsonl", prompts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sampler": self.sampler.state_dict(), "loader": self.loader.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sampler.load_state_dict(state["sampler"])
+        self.loader.load_state_dict(state["loader"])
+
+    def _no_bar(self) -> bool | None:
+        """None lets tqdm decide: no bar where standard error is a file."""
+        return None if self.config.logger.progress else True
+
+
+def _advance(bar: Any, accepted: int, sampled: int) -> None:
+    bar.set_postfix_str(f"{sampled} sampled", refresh=False)
+    bar.update(accepted - bar.n)

@@ -1,0 +1,122 @@
+"""How a script under `examples/` starts: what is missing or wrong is said within seconds, before the slow imports.
+
+NeMo and Megatron take some twenty seconds to import. The options are therefore composed and checked with Hydra alone first,
+and then once more on the way through NeMo's `hydra_runner`, which calls the script's `main`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_dapo import config as schema
+from nemo_dapo.config import RunConfig
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ENVIRONMENT = "run `make setup` in the checkout and start with .venv/bin/python (see README.md)"
+CONTAINER = "in NVIDIA's NeMo container `pip install --no-deps -r requirements/ngc.txt`"
+INSTALL = {
+    "torch": ENVIRONMENT,
+    "transformers": ENVIRONMENT,
+    "nemo": f"{ENVIRONMENT}, or {CONTAINER}",
+    "megatron.core": f"{ENVIRONMENT}, or start in NVIDIA's NeMo container, which holds it",
+    "megatron.bridge": f"{ENVIRONMENT}, or start in NVIDIA's NeMo container, which holds it",
+    "vllm": (
+        f"{ENVIRONMENT}, or `python3 -m venv /opt/vllm && /opt/vllm/bin/pip install vllm && /opt/vllm/bin/pip install "
+        "--no-deps .` and set rollout.python=/opt/vllm/bin/python"
+    ),
+}
+
+
+def start(
+    main: Callable[[DictConfig], None], config: Path, needs: tuple[str, ...], check: Callable[[RunConfig], None]
+) -> None:
+    """Run `main` on the options that the YAML file `config` and the command line compose to, through NeMo's hydra_runner.
+
+    Before that: `needs`, modules of this interpreter, must be there, and `check` must accept the options. Otherwise rank 0
+    says so in a line on standard error, and every rank exits with 2.
+    """
+    end_with_launcher()
+    schema.register()
+    try:
+        require(*needs)
+        run = composed(config, sys.argv[1:])
+        if run is not None:
+            check(run)
+            require_vllm(run)
+    except ValueError as error:
+        if is_rank_zero():  # every rank found the same
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    from nemo.core.config import hydra_runner
+
+    hydra_runner(config_path=str(config.parent), config_name=config.stem)(main)()
+
+
+def end_with_launcher() -> None:
+    """Under torchrun, let the kernel end this rank when torchrun dies: killed, it leaves its ranks training on alone."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def is_rank_zero() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def composed(config: Path, arguments: list[str]) -> RunConfig | None:
+    """The typed options of a command line; None where it asks Hydra for something other than one run of `config`.
+
+    Raises ValueError in one line that names the key and its remedy.
+    """
+    parsed = get_args_parser().parse_args(arguments)
+    if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.multirun or parsed.shell_completion:
+        return None
+    if parsed.config_name or parsed.config_path or parsed.config_dir:
+        return None
+    try:
+        with initialize_config_dir(str(config.parent), version_base="1.1"):
+            return schema.typed(compose(config.stem, overrides=parsed.overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(schema.explain(error)) from error
+
+
+def require(*modules: str) -> None:
+    """Raises ValueError that names every missing module and the command that installs it."""
+    missing = [module for module in modules if not is_installed(module)]
+    if missing:
+        lines = "\n".join(f"  - {module}: {INSTALL[module]}" for module in missing)
+        raise ValueError(f"{sys.executable} lacks what this script needs:\n{lines}")
+
+
+def require_vllm(config: RunConfig) -> None:
+    """Rank 0 starts the servers: with `rollout.python`, or with this interpreter, which then must have vLLM."""
+    python = config.rollout.python
+    if not is_rank_zero():
+        return
+    if not python:
+        require("vllm")
+    elif shutil.which(python) is None:
+        raise ValueError(
+            f"rollout.python={python!r} is no program; name the interpreter of the environment with vLLM, or leave it "
+            "empty for this one"
+        )
+
+
+def is_installed(module: str) -> bool:
+    """Whether `module` can be found; its parents are imported, it is not."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # a parent package is missing
+        return False

@@ -1,0 +1,230 @@
+"""The training loop: Algorithm 1 of the DAPO paper (arXiv 2503.14476), line by line.
+
+Every rank runs `fit`; rank 0 also holds the controller, which samples, and broadcasts each step's batch. Departures from
+the paper's text: prompts are sampled one group at a time instead of in batches (the servers stay full), and the importance
+ratio's denominator is recomputed by the trainer, because vLLM's own log-probabilities differ by its kernels' rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nemo_dapo import checkpoint
+from nemo_dapo.batching import minibatches
+from nemo_dapo.config import Resume, RunConfig
+from nemo_dapo.controller import Controller, Rollout
+from nemo_dapo.coordination import lead, share_batch, share_number
+from nemo_dapo.interfaces import NonFiniteGradientError, Policy
+from nemo_dapo.loss import make_loss_fn
+from nemo_dapo.types import TrainBatch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """What the run counts; prompts are counted by the sampler. Learning-rate schedules follow `optimizer_steps`."""
+
+    rollout_steps: int = 0
+    optimizer_steps: int = 0
+    refused_updates: int = 0
+    refused_in_a_row: int = 0
+
+
+class DAPOTrainer:
+    """Trains `policy` on what `controller` samples. `controller` is None on every rank but 0; `group` is gloo over all."""
+
+    def __init__(
+        self, config: RunConfig, run_dir: Path, policy: Policy, controller: Controller | None, group: Any
+    ) -> None:
+        self.config, self.policy, self.controller, self.group = config, policy, controller, group
+        self.checkpoints = run_dir / "checkpoints"
+        self.loss_fn = make_loss_fn(config.algorithm)
+        self.progress = Progress()
+        self.parity_checked = False
+        self.record: dict[str, float] = {}
+
+    def fit(self) -> None:
+        """Algorithm 1. Raises what stops a run: a broken trainer/vLLM pair, repeated non-finite gradients, dead servers."""
+        self.resume()
+        self.sync_weights()
+        if self.config.evaluation.at_start and self.progress.rollout_steps == 0:
+            self.evaluate()
+            self.log()
+        while self.progress.rollout_steps < self.config.trainer.max_steps:  # line 1
+            with self.timed("step"):
+                batch, rollout = self.collect()  # lines 2 and 4 to 9
+                old_logprobs = self.old_logprobs(batch)  # line 3
+                for chosen in minibatches(batch, self.config.algorithm.minibatch_size):  # line 10
+                    self.update(batch, chosen, old_logprobs, rollout)  # line 11
+                self.progress.rollout_steps += 1
+                self.sync_weights()
+            self.evaluate_when_due()
+            self.save_when_due()
+            self.log()
+
+    # ---------------------------------------------------------------- one step
+
+    def collect(self) -> tuple[TrainBatch, Rollout | None]:
+        """The same batch on every rank; the groups behind it on rank 0 only."""
+        self.record = {}
+        controller, step = self.controller, self.progress.rollout_steps + 1
+        rollout = lead(lambda: controller.collect(step) if controller else _never(), self.group)
+        if rollout is not None:
+            self.record |= rollout.metrics
+        return share_batch(rollout.batch if rollout else None, self.group), rollout
+
+    def old_logprobs(self, batch: TrainBatch) -> tuple[Tensor | None, Tensor | None]:
+        """[T] under theta_old, by the trainer, and under the reference model: each None where the loss needs none."""
+        if not batch.num_sequences:
+            return None, None
+        with self.timed("logprobs"):
+            old = reference = None
+            if batch.num_sequences > self.config.algorithm.minibatch_size or not self.parity_checked:
+                old = self.policy.logprobs(batch)
+                self.check_parity(batch, old)
+            if self.config.algorithm.kl_coeff:
+                reference = self.policy.reference_logprobs(batch)
+        return old, reference
+
+    def check_parity(self, batch: TrainBatch, old_logprobs: Tensor) -> None:
+        """Compare with vLLM's log-probabilities of the same tokens and weights; refuse to start on a broken pair.
+
+        Raises RuntimeError when their mean absolute difference (nats) in the first step exceeds rollout.max_logprob_gap.
+        """
+        mismatch = (old_logprobs - batch.rollout_logprobs).abs()
+        gap = float(mismatch.sum()) / max(batch.num_response_tokens, 1)
+        self.record |= {"rollout/logprob_gap": gap, "rollout/logprob_gap_max": float(mismatch.max())}
+        limit = self.config.rollout.max_logprob_gap
+        if gap > limit and not self.parity_checked:
+            raise RuntimeError(
+                f"trainer and vLLM disagree on the log-probabilities of the same tokens by {gap:.2g} nats on average, "
+                f"expected at most rollout.max_logprob_gap={limit}: training on this pair would follow noise. Compare the "
+                "precision of both (model.precision, the server log), try rollout.vllm.enforce_eager=true, or raise "
+                "the limit"
+            )
+        if not gap <= limit:
+            log.warning("trainer and vLLM differ by %.2g nats a token, above rollout.max_logprob_gap=%g", gap, limit)
+        self.parity_checked = True
+
+    def update(
+        self, batch: TrainBatch, chosen: Tensor, logprobs: tuple[Tensor | None, Tensor | None], rollout: Rollout | None
+    ) -> None:
+        """One optimizer step on the sequences `chosen`; a non-finite gradient is refused, reported and counted."""
+        tokens = batch.token_indices(chosen)
+        old, reference = (None if values is None else values[tokens] for values in logprobs)
+        if batch.num_sequences <= self.config.algorithm.minibatch_size:
+            old = None  # the only update of the step: theta is theta_old
+        try:
+            with self.timed("update"):
+                metrics = self.policy.update(batch.select(chosen), self.loss_fn, old, reference)
+        except NonFiniteGradientError as error:
+            self.refuse(error, chosen, rollout)
+            return
+        self.progress.optimizer_steps += 1
+        self.progress.refused_in_a_row = 0
+        self._add_update(metrics)
+
+    def refuse(self, error: NonFiniteGradientError, chosen: Tensor, rollout: Rollout | None) -> None:
+        """Count a refused update and name its prompts; re-raise after optimizer.max_refused_updates in a row."""
+        self.progress.refused_updates += 1
+        self.progress.refused_in_a_row += 1
+        if rollout is not None:
+            group_size = self.config.algorithm.group_size
+            uids = {rollout.groups[int(chosen[i]) // group_size].prompt.uid for i in error.sequences}
+            log.error("update refused: %s; prompts %s", error, sorted(uids) or "unknown")
+        if self.progress.refused_in_a_row >= self.config.optimizer.max_refused_updates:
+            raise error
+
+    def sync_weights(self) -> None:
+        """Give vLLM the new weights, under the rollout step as their version. Every rank takes part in the export."""
+        with self.timed("sync"):
+            weights = self.policy.export_weights()
+            if self.controller is not None:
+                self.controller.engine.update_weights(weights, self.progress.rollout_steps)
+            for _ in weights:
+                pass
+
+    # ---------------------------------------------------------------- beside the algorithm
+
+    def evaluate_when_due(self) -> None:
+        every, step = self.config.evaluation.every, self.progress.rollout_steps
+        if every and (step % every == 0 or step == self.config.trainer.max_steps):
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        controller, step = self.controller, self.progress.rollout_steps
+        with self.timed("eval"):
+            result = lead(lambda: controller.evaluate(step) if controller else _never(), self.group)
+        if result is not None:
+            self.record |= {f"eval/{name}": value for name, value in result.metrics().items()}
+            accuracies = [one.avg.value for one in result.sets.values()]
+            self.record["eval/accuracy"] = sum(accuracies) / len(accuracies)
+
+    def save_when_due(self) -> None:
+        every, step = self.config.checkpoint.every, self.progress.rollout_steps
+        if step == self.config.trainer.max_steps or (every and step % every == 0):
+            self.save()
+
+    def save(self) -> None:
+        state = None if self.controller is None else self.controller.state_dict() | {"progress": asdict(self.progress)}
+        if self.controller is not None:
+            self.controller.export_statistics()
+        with self.timed("save"):
+            checkpoint.save(
+                self.checkpoints,
+                self.progress.rollout_steps,
+                self.policy,
+                state,
+                keep=self.config.checkpoint.keep,
+                group=self.group,
+            )
+
+    def resume(self) -> None:
+        """Go on from the newest complete checkpoint, unless checkpoint.resume=never or there is none."""
+        anew = self.config.checkpoint.resume is Resume.never
+        if anew and self.controller is not None and (place := checkpoint.set_aside(self.checkpoints)):
+            print(f"checkpoint.resume=never: the checkpoints of an earlier run are now in {place}", flush=True)
+        found = None if anew else checkpoint.latest(self.checkpoints)
+        step = share_number(-1 if found is None else found, self.group)  # one rank looks: file systems lag
+        if step < 0:
+            return
+        state = checkpoint.load(self.checkpoints, step, self.policy)
+        self.progress = Progress(**state["progress"])
+        if self.controller is not None:
+            self.controller.load_state_dict(state)
+            print(f"resumed from {self.checkpoints} at {self.progress}", flush=True)
+
+    def log(self) -> None:
+        if self.controller is None:
+            return
+        counters = {f"progress/{name}": float(value) for name, value in asdict(self.progress).items()}
+        if updates := self.record.pop("updates", 0):
+            self.record |= {k: v / updates for k, v in self.record.items() if k.startswith("train/")}
+            self.record.setdefault("rollout/logprob_gap", self.record["train/gap"])
+        self.controller.record(self.progress.rollout_steps, self.record | counters)
+
+    def _add_update(self, metrics: dict[str, float]) -> None:
+        """Sums over the step's updates, which `log` turns into means."""
+        for name, value in metrics.items():
+            self.record[f"train/{name}"] = self.record.get(f"train/{name}", 0.0) + value
+        self.record["updates"] = self.record.get("updates", 0.0) + 1
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Seconds inside are added to `time/<name>` of the step's record."""
+        start = time.monotonic()
+        yield
+        self.record[f"time/{name}"] = self.record.get(f"time/{name}", 0.0) + time.monotonic() - start
+
+
+async def _never() -> Any:
+    raise AssertionError("only rank 0 leads")

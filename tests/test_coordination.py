@@ -1,0 +1,146 @@
+"""Rank 0 leads, the others wait with a deadline: two real processes over gloo."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from nemo_dapo import coordination
+from nemo_dapo.coordination import lead, share_batch, share_number
+from nemo_dapo.types import TrainBatch
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+WORD_SECONDS = 0.5
+GROUP_TIMEOUT_SECONDS = 4.0
+WORK_SECONDS = 7.0  # longer than the timeout of the group: without words in between the others would give up
+
+
+def batch_of(lengths: list[int], prompt_lengths: list[int]) -> TrainBatch:
+    tokens = sum(lengths)
+    return TrainBatch(
+        tokens=torch.arange(tokens) + 5,
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        prompt_lengths=torch.tensor(prompt_lengths, dtype=torch.int64),
+        rollout_logprobs=-torch.arange(tokens, dtype=torch.float32) / 7,
+        advantages=torch.linspace(-1, 1, len(lengths)),
+    )
+
+
+async def _work() -> str:
+    await asyncio.sleep(WORK_SECONDS)
+    return "sampled"
+
+
+def _leads_for_long(rank: int, group: dist.ProcessGroup) -> object:
+    result = lead(_work, group)
+    again = lead(_quick, group)  # the words of the first one must not be taken for the second one's
+    return [result, again, share_number(7 if rank == 0 else 0, group)]
+
+
+async def _quick() -> str:
+    return "again"
+
+
+def _shares_batches(rank: int, group: dist.ProcessGroup) -> object:
+    shared = [share_batch(batch_of(*sizes) if rank == 0 else None, group) for sizes in BATCHES]
+    return [{name: (value, str(value.dtype)) for name, value in vars(one).items()} for one in shared]
+
+
+BATCHES: list[tuple[list[int], list[int]]] = [([5, 5, 3], [3, 2, 1]), ([2], [1]), ([], [])]
+
+
+async def _die() -> None:
+    await asyncio.sleep(2 * WORD_SECONDS)
+    os._exit(9)
+
+
+async def _hang() -> None:
+    time.sleep(60)  # blocks the event loop: no word is said
+
+
+async def _raise() -> None:
+    raise ValueError("no prompts left")
+
+
+def _rank_zero_dies(rank: int, group: dist.ProcessGroup) -> object:
+    return lead(_die, group)
+
+
+def _rank_zero_hangs(rank: int, group: dist.ProcessGroup) -> object:
+    return lead(_hang, group)
+
+
+def _rank_zero_raises(rank: int, group: dist.ProcessGroup) -> object:
+    return lead(_raise, group)
+
+
+def _rank(rank: int, scenario: Callable[[int, dist.ProcessGroup], object], folder: Path) -> None:
+    torch.set_num_threads(1)
+    coordination.SECONDS_BETWEEN_WORDS = WORD_SECONDS
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=GROUP_TIMEOUT_SECONDS))
+    try:
+        outcome = scenario(rank, group)
+    except Exception as error:
+        traceback.print_exc()
+        outcome = error.__class__, str(error)
+    torch.save(outcome, folder / f"rank_{rank}")
+    os._exit(0)  # an orderly end would wait for a rank that is gone
+
+
+def run(scenario: Callable[[int, dist.ProcessGroup], object], folder: Path, wait_for: tuple[int, ...] = (0, 1)) -> list:
+    """What `scenario` returned or raised on the ranks `wait_for`; the others are killed then."""
+    context = mp.get_context("spawn")
+    ranks = [context.Process(target=_rank, args=(rank, scenario, folder), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        for rank in wait_for:
+            ranks[rank].join(timeout=90)
+            assert ranks[rank].exitcode == 0, f"rank {rank} did not end: {ranks[rank].exitcode}"
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    return [torch.load(folder / f"rank_{rank}", weights_only=False) for rank in wait_for]
+
+
+def test_the_others_wait_through_work_that_outlasts_the_timeout_of_their_group(tmp_path: Path) -> None:
+    leader, follower = run(_leads_for_long, tmp_path)
+    assert leader == ["sampled", "again", 7]
+    assert follower == [None, None, 7]
+
+
+def test_a_batch_arrives_as_it_was_sent(tmp_path: Path) -> None:
+    leader, follower = run(_shares_batches, tmp_path)
+    for sizes, sent, received in zip(BATCHES, leader, follower, strict=True):
+        for name, value in vars(batch_of(*sizes)).items():
+            for tensor, dtype in (sent[name], received[name]):
+                assert torch.equal(tensor, value)
+                assert dtype == str(value.dtype)
+
+
+@pytest.mark.parametrize("scenario", [_rank_zero_dies, _rank_zero_hangs])
+def test_a_leader_that_is_gone_ends_the_others_with_an_error(
+    scenario: Callable[[int, dist.ProcessGroup], object], tmp_path: Path
+) -> None:
+    ((kind, message),) = run(scenario, tmp_path, wait_for=(1,))
+    assert issubclass(kind, RuntimeError)
+    assert message
+
+
+def test_what_the_work_raises_is_raised_on_the_leader(tmp_path: Path) -> None:
+    (kind, message), (other, _) = run(_rank_zero_raises, tmp_path)
+    assert (kind, message) == (ValueError, "no prompts left")
+    assert issubclass(other, RuntimeError)
