@@ -1,0 +1,106 @@
+"""How good a model is: avg@k, pass@k and maj@k of a Hugging Face folder, or of a training checkpoint, on problem sets.
+
+    python examples/evaluate.py model.path=<folder> '+data.eval.aime24={format: columns, path: aime24.jsonl}'
+    python examples/evaluate.py model.path=<folder> evaluation.checkpoint=runs/<name>/checkpoints/step_000100 …
+
+Prints one line a set; writes `summary.json` and, a line a problem, `problems.jsonl` under `output_dir`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from nemo_dapo import entry
+from nemo_dapo.config import RunConfig, typed
+
+if TYPE_CHECKING:
+    from nemo_dapo.evaluation import EvaluationResult
+    from nemo_dapo.rollout.engine import VLLMEngine
+
+CONFIG = Path(__file__).resolve().parents[1] / "conf" / "evaluate.yaml"
+
+
+def check(config: RunConfig) -> None:
+    """Raises ValueError where there is nothing to evaluate, or nothing to evaluate on."""
+    if not config.data.eval:
+        raise ValueError("data.eval is empty: name a set, +data.eval.<name>={format: columns, path: <file>}")
+    if not (Path(config.model.path) / "config.json").is_file():
+        raise ValueError(f"model.path={config.model.path!r} must be a Hugging Face folder: it has no config.json")
+    chosen = config.evaluation.checkpoint
+    if chosen and not (Path(chosen) / "policy").is_dir():
+        raise ValueError(
+            f"evaluation.checkpoint={chosen!r} has no folder policy/; name one of runs/<name>/checkpoints/step_*"
+        )
+    if chosen:
+        entry.require("megatron.core", "megatron.bridge")
+
+
+def load_checkpoint(config: RunConfig, engine: VLLMEngine) -> None:
+    """Give the servers, which started on model.path, the weights of a training checkpoint of any parallel layout.
+
+    One process loads it with its optimizer state: for models beyond one device use the run's exported `trained/` folder.
+    """
+    from nemo_dapo.megatron import parallel
+
+    parallel.initialize(config.parallel, config.seed)
+    from nemo_dapo.megatron.policy import MegatronPolicy
+
+    tokens = config.trainer.tokens_per_microbatch
+    policy = MegatronPolicy(config.model, config.parallel, config.optimizer, tokens_per_microbatch=tokens)
+    policy.load(Path(config.evaluation.checkpoint) / "policy")
+    engine.update_weights(policy.export_weights(), 1)
+    parallel.shut_down()
+
+
+def run(config: RunConfig) -> EvaluationResult:
+    """Serves the model, samples and judges every set of `data.eval`."""
+    from transformers import AutoTokenizer
+
+    from nemo_dapo.data.load import load_run_data
+    from nemo_dapo.evaluation import evaluate
+    from nemo_dapo.rewards.pool import RewardPool
+    from nemo_dapo.rollout.engine import VLLMEngine
+
+    check(config)
+    config.data.train = {}
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    data = load_run_data(config.data, tokenizer, config.rollout.max_prompt_length)
+    for report in data.reports:
+        print(report, flush=True)
+    model_path, output = Path(config.model.path), Path(config.output_dir)
+    with (
+        RewardPool.from_config(config.reward) as rewarder,
+        VLLMEngine.start(config.rollout, model_path, config.model.precision, output, tokenizer, config.seed) as engine,
+    ):
+        if config.evaluation.checkpoint:
+            load_checkpoint(config, engine)
+        return asyncio.run(
+            evaluate(
+                engine,
+                rewarder,
+                {one.name: one.prompts for one in data.eval},
+                config.evaluation,
+                max_response_length=config.rollout.max_response_length,
+                max_concurrent_sequences=config.rollout.max_concurrent_sequences * config.rollout.num_servers,
+                progress=config.logger.progress,
+            )
+        )
+
+
+def main(cfg: DictConfig) -> None:
+    config = typed(cfg)
+    result = run(config)
+    output = Path(config.output_dir)
+    result.write_jsonl(output / "problems.jsonl")
+    (output / "summary.json").write_text(json.dumps(result.metrics(), indent=2) + "\n")
+    for one in result.sets.values():
+        print(one)
+
+
+if __name__ == "__main__":
+    entry.start(main, CONFIG, ("torch", "transformers", "nemo"), check)

@@ -1,0 +1,163 @@
+"""Train a language model with DAPO.
+
+    torchrun --nproc-per-node 8 examples/train_dapo.py experiment=<name> key=value …
+
+Without torchrun the same script trains with one rank. `--cfg job` prints the resolved configuration; options and their
+meaning are in nemo_dapo/config.py, experiments in conf/experiment/.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_dapo import config as schema
+from nemo_dapo import entry
+from nemo_dapo.config import RunConfig
+from nemo_dapo.entry import is_rank_zero
+
+CONFIG = Path(__file__).resolve().parents[1] / "conf" / "config.yaml"
+
+
+def train(config: RunConfig) -> None:
+    """Build policy, engine, rewarder and data, hand them to the trainer and run it."""
+    from nemo_dapo.megatron import parallel
+
+    parallel.initialize(config.parallel, config.seed)
+    from nemo_dapo.megatron.policy import MegatronPolicy
+    from nemo_dapo.trainer import DAPOTrainer
+
+    run_dir = Path(config.output_dir)
+    group = parallel.control_group(config.parallel.timeout_minutes)
+    with ExitStack() as stack:
+        pending = start_controller(config, run_dir, stack) if is_rank_zero() else None
+        policy = MegatronPolicy(
+            config.model,
+            config.parallel,
+            config.optimizer,
+            tokens_per_microbatch=config.trainer.tokens_per_microbatch,
+            temperature=config.rollout.temperature,
+            with_reference=config.algorithm.kl_coeff > 0,
+        )
+        controller = pending.result() if pending is not None else None
+        DAPOTrainer(config, run_dir, policy, controller, group).fit()
+        if config.checkpoint.export:
+            policy.save_hf(run_dir / "trained")
+    parallel.shut_down()
+
+
+def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack) -> Future[Any]:
+    """Rank 0's side; the servers start in a thread of their own while the policy is built."""
+    from transformers import AutoTokenizer
+
+    from nemo_dapo import checkpoint
+    from nemo_dapo.controller import Controller
+    from nemo_dapo.data.curriculum import Curriculum
+    from nemo_dapo.data.load import load_run_data
+    from nemo_dapo.data.loader import PromptLoader
+    from nemo_dapo.rewards.pool import RewardPool
+    from nemo_dapo.rollout.engine import VLLMEngine
+    from nemo_dapo.telemetry.manifest import write_manifest
+
+    model_path = Path(config.model.path)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    data = load_run_data(config.data, tokenizer, config.rollout.max_prompt_length)
+    for report in data.reports:
+        print(report, flush=True)
+    write_manifest(run_dir / "manifest.json", config, data.reports)
+    loader = PromptLoader(data.train, config.seed, Curriculum(config.data.skip_solved_visits))
+    rewarder = stack.enter_context(RewardPool.from_config(config.reward))
+    resumed = checkpoint.latest(run_dir / "checkpoints") if config.checkpoint.resume is schema.Resume.auto else None
+    sinks = make_sinks(config, run_dir, resumed)
+    stack.callback(sinks.close)
+    eval_sets = {one.name: one.prompts for one in data.eval}
+    # Another seed after a resume: the servers must not draw the samples of the first steps again.
+    seed = config.seed + (resumed or 0)
+    print(f"starting {config.rollout.num_servers} vLLM server(s), logs in {run_dir / 'servers'}", flush=True)
+
+    def start() -> Controller:
+        engine = VLLMEngine.start(config.rollout, model_path, config.model.precision, run_dir, tokenizer, seed)
+        stack.callback(engine.close)
+        return Controller(config, run_dir, engine, rewarder, loader, eval_sets, sinks)
+
+    executor = ThreadPoolExecutor(1, thread_name_prefix="servers")
+    stack.callback(executor.shutdown)
+    return executor.submit(start)
+
+
+def make_sinks(config: RunConfig, run_dir: Path, resumed: int | None) -> Any:
+    """metrics.jsonl always; TensorBoard and Weights & Biases as configured."""
+    from nemo_dapo.telemetry.sinks import MetricsJsonl, Sink, Sinks, TensorBoardSink, WandbSink
+
+    sinks: list[Sink] = [MetricsJsonl(run_dir / "metrics.jsonl", resumed_step=resumed)]
+    if config.logger.tensorboard:
+        sinks.append(TensorBoardSink(run_dir / "tensorboard", resumed_step=resumed))
+    if project := config.logger.wandb_project:
+        options = json.loads(json.dumps(asdict(config), default=str))
+        sinks.append(WandbSink(project=project, name=config.name, directory=run_dir, config=options))
+    return Sinks(sinks)
+
+
+def check(config: RunConfig) -> None:
+    """Raises ValueError for options that contradict each other, the model or the number of ranks."""
+    schema.validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def prepare(cfg: DictConfig) -> RunConfig:
+    """Typed and checked options; rank 0 keeps a copy in the run's directory."""
+    config = schema.typed(cfg)
+    check(config)
+    run_dir = Path(config.output_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if is_rank_zero():
+        shown = OmegaConf.structured(config)
+        shown.rollout.api_key = ""  # a run's folder may be shared
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(shown))
+    return config
+
+
+def fail(config: RunConfig | None, error: Exception) -> None:
+    """One clear line on standard error; where in the code it came from goes to a file."""
+    rank = os.environ.get("RANK", "0")
+    if config is None:
+        if is_rank_zero():  # every rank found the same
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return
+    log = Path(config.output_dir) / "errors" / f"rank_{rank}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        file.write(f"{time.strftime('%F %T')} {''.join(traceback.format_exception(error))}\n")
+    print(f"error: rank {rank}: {type(error).__name__}: {error} (traceback in {log})", file=sys.stderr, flush=True)
+
+
+def main(cfg: DictConfig) -> None:
+    """Train; on an error say it in one line and exit with 2 for a bad configuration, 1 for a failed run."""
+    for name in ("megatron", "nv_one_logger", "httpx"):  # hundreds of lines a rank that say nothing of the run
+        logging.getLogger(name).setLevel(logging.WARNING)
+    config = None
+    try:
+        config = prepare(cfg)
+        train(config)
+    except Exception as error:
+        fail(config, error)
+        # Not sys.exit: other ranks may sit in a collective that this rank's orderly end would wait for.
+        sys.stdout.flush()
+        os._exit(2 if config is None else 1)
+
+
+if __name__ == "__main__":
+    entry.start(main, CONFIG, ("torch", "nemo", "megatron.core", "megatron.bridge"), check)
