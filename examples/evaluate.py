@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,11 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "evaluate.yaml"
 
 
 def check(config: RunConfig) -> None:
-    """Raises ValueError where there is nothing to evaluate, or nothing to evaluate on."""
+    """Raises ValueError where there is nothing to evaluate, or nothing to evaluate on, or more than one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "start examples/evaluate.py without torchrun: it is one process, and rollout.num_servers=N serves faster"
+        )
     if not config.data.eval:
         raise ValueError("data.eval is empty: name a set, +data.eval.<name>={format: columns, path: <file>}")
     if not (Path(config.model.path) / "config.json").is_file():
@@ -66,7 +71,6 @@ def run(config: RunConfig) -> EvaluationResult:
     from nemo_dapo.rewards.pool import RewardPool
     from nemo_dapo.rollout.engine import VLLMEngine
 
-    check(config)
     config.data.train = {}
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     data = load_run_data(config.data, tokenizer, config.rollout.max_prompt_length)
@@ -93,13 +97,19 @@ def run(config: RunConfig) -> EvaluationResult:
 
 
 def main(cfg: DictConfig) -> None:
-    config = typed(cfg)
-    result = run(config)
-    output = Path(config.output_dir)
-    result.write_jsonl(output / "problems.jsonl")
-    (output / "summary.json").write_text(json.dumps(result.metrics(), indent=2) + "\n")
-    for one in result.sets.values():
-        print(one)
+    """Evaluate; on an error say it in one line and exit with 2 for a bad configuration, 1 for a failed run."""
+    output = None
+    try:
+        config = typed(cfg)
+        check(config)
+        output = Path(config.output_dir)
+        result = run(config)
+        result.write_jsonl(output / "problems.jsonl")
+        (output / "summary.json").write_text(json.dumps(result.metrics(), indent=2) + "\n")
+        for one in result.sets.values():
+            print(one, flush=True)
+    except Exception as error:
+        entry.fail(output, error)
 
 
 if __name__ == "__main__":

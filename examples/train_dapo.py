@@ -8,12 +8,10 @@ meaning are in nemo_dapo/config.py, experiments in conf/experiment/.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
-import sys
-import time
-import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -35,6 +33,7 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "config.yaml"
 
 def train(config: RunConfig) -> None:
     """Build policy, engine, rewarder and data, hand them to the trainer and run it."""
+    from nemo_dapo.coordination import lead, never
     from nemo_dapo.megatron import parallel
 
     parallel.initialize(config.parallel, config.seed)
@@ -53,7 +52,7 @@ def train(config: RunConfig) -> None:
             temperature=config.rollout.temperature,
             with_reference=config.algorithm.kl_coeff > 0,
         )
-        controller = pending.result() if pending is not None else None
+        controller = lead(lambda: asyncio.wrap_future(pending) if pending else never(), group)
         DAPOTrainer(config, run_dir, policy, controller, group).fit()
         if config.checkpoint.export:
             policy.save_hf(run_dir / "trained")
@@ -130,20 +129,6 @@ def prepare(cfg: DictConfig) -> RunConfig:
     return config
 
 
-def fail(config: RunConfig | None, error: Exception) -> None:
-    """One clear line on standard error; where in the code it came from goes to a file."""
-    rank = os.environ.get("RANK", "0")
-    if config is None:
-        if is_rank_zero():  # every rank found the same
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return
-    log = Path(config.output_dir) / "errors" / f"rank_{rank}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        file.write(f"{time.strftime('%F %T')} {''.join(traceback.format_exception(error))}\n")
-    print(f"error: rank {rank}: {type(error).__name__}: {error} (traceback in {log})", file=sys.stderr, flush=True)
-
-
 def main(cfg: DictConfig) -> None:
     """Train; on an error say it in one line and exit with 2 for a bad configuration, 1 for a failed run."""
     for name in ("megatron", "nv_one_logger", "httpx"):  # hundreds of lines a rank that say nothing of the run
@@ -153,10 +138,7 @@ def main(cfg: DictConfig) -> None:
         config = prepare(cfg)
         train(config)
     except Exception as error:
-        fail(config, error)
-        # Not sys.exit: other ranks may sit in a collective that this rank's orderly end would wait for.
-        sys.stdout.flush()
-        os._exit(2 if config is None else 1)
+        entry.fail(None if config is None else Path(config.output_dir), error)
 
 
 if __name__ == "__main__":

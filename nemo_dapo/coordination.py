@@ -1,14 +1,17 @@
 """Rank 0 leads: it samples and evaluates while the other ranks wait, and hands them the batch.
 
 A rollout may take an hour, and no wait may be without a deadline. So rank 0 says every few seconds that it is at work: the
-others wait for the next word only, and a rank 0 that hangs or dies is noticed within the group's own timeout.
+others wait for the next word only, and a rank 0 that hangs or dies is noticed within the group's own timeout. A rank 0 that
+fails says so as its last word; one that cannot reach another rank any more stops its work.
 """
 
 from __future__ import annotations
 
 import asyncio
+import datetime
+import logging
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,44 +19,69 @@ from torch import Tensor
 
 from nemo_dapo.types import TrainBatch
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
-AT_WORK, DONE = 0, 1
+AT_WORK, DONE, FAILED = 0, 1, 2
 SECONDS_BETWEEN_WORDS = 15.0
+LAST_WORD_SECONDS = 10.0  # for telling the others of a failure: some of them may be gone
+CANCEL_SECONDS = 60.0  # for work to end that is cancelled
+
+
+class LeaderFailedError(RuntimeError):
+    """Rank 0 failed at what the other ranks waited for; the cause is in its own error."""
 
 
 def lead(work: Callable[[], Awaitable[T]], group: dist.ProcessGroup | None) -> T | None:
     """Run `work()` on rank 0 in an event loop of its own and return its result there; other ranks wait and return None.
 
-    Raises what `work` raises on rank 0, which ends the job; on the others a RuntimeError of gloo's when rank 0 is silent
-    for longer than the timeout of `group`.
+    Raises what `work` raises on rank 0, and LeaderFailedError then on the others. A rank that is gone is a RuntimeError on
+    rank 0 at its next word; a rank 0 that is gone, or silent for longer than the timeout of `group`, is gloo's
+    RuntimeError on the others.
     """
     if dist.get_rank() == 0:
-        return asyncio.run(_with_words(work, group))
+        return asyncio.run(_lead(work, group))
     word = torch.tensor(AT_WORK)
-    while word.item() != DONE:
+    while word.item() == AT_WORK:
         dist.broadcast(word, src=0, group=group)
+    if word.item() == FAILED:
+        raise LeaderFailedError("rank 0 failed while this rank waited for it: its error names the cause")
     return None
 
 
-async def _with_words(work: Callable[[], Awaitable[T]], group: dist.ProcessGroup | None) -> T:
-    finished = asyncio.Event()
-    words = asyncio.create_task(_say_at_work(finished, group))
+async def never() -> Any:
+    """Stands for the work on the ranks that do not lead."""
+    raise AssertionError("only rank 0 leads")
+
+
+async def _lead(work: Callable[[], Awaitable[T]], group: dist.ProcessGroup | None) -> T:
+    task = asyncio.ensure_future(work())
     try:
-        result = await work()
-    finally:
-        finished.set()
-        await words
-    dist.broadcast(torch.tensor(DONE), src=0, group=group)
-    return result
+        await _say_at_work_until_done(task, group)
+    except RuntimeError as problem:
+        task.cancel()
+        await asyncio.wait({task}, timeout=CANCEL_SECONDS)
+        raise RuntimeError(
+            f"another rank is gone while rank 0 was at work; its error names the cause: {problem}"
+        ) from problem
+    if task.exception() is not None:
+        _say_failed(group)
+    else:
+        dist.broadcast(torch.tensor(DONE), src=0, group=group)
+    return task.result()
 
 
-async def _say_at_work(finished: asyncio.Event, group: dist.ProcessGroup | None) -> None:
-    while True:
-        try:
-            await asyncio.wait_for(finished.wait(), SECONDS_BETWEEN_WORDS)
-            return
-        except asyncio.TimeoutError:
-            await asyncio.to_thread(dist.broadcast, torch.tensor(AT_WORK), 0, group)
+async def _say_at_work_until_done(task: asyncio.Future[T], group: dist.ProcessGroup | None) -> None:
+    while not (await asyncio.wait({task}, timeout=SECONDS_BETWEEN_WORDS))[0]:
+        await asyncio.to_thread(dist.broadcast, torch.tensor(AT_WORK), 0, group)
+
+
+def _say_failed(group: dist.ProcessGroup | None) -> None:
+    try:
+        word = dist.broadcast(torch.tensor(FAILED), src=0, group=group, async_op=True)
+        word.wait(datetime.timedelta(seconds=LAST_WORD_SECONDS))
+    except RuntimeError as problem:  # the work's own error is the one to raise
+        log.warning("rank 0 failed and could not tell every other rank: %s", problem)
 
 
 def share_batch(batch: TrainBatch | None, group: dist.ProcessGroup | None) -> TrainBatch:

@@ -12,8 +12,11 @@ import os
 import shutil
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -63,6 +66,25 @@ def start(
     from nemo.core.config import hydra_runner
 
     hydra_runner(config_path=str(config.parent), config_name=config.stem)(main)()
+
+
+def fail(output_dir: Path | None, error: Exception) -> NoReturn:
+    """End this rank with one clear line on standard error; where in the code it came from goes to `errors/` of the run.
+
+    Exit code 2 for a bad configuration, which has no `output_dir` yet and which every rank finds alike; 1 for a failed run.
+    """
+    rank = os.environ.get("RANK", "0")
+    if output_dir is not None:
+        log = output_dir / "errors" / f"rank_{rank}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            file.write(f"{time.strftime('%F %T')} {''.join(traceback.format_exception(error))}\n")
+        print(f"error: rank {rank}: {type(error).__name__}: {error} (traceback in {log})", file=sys.stderr, flush=True)
+    elif is_rank_zero():
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Not sys.exit: other ranks may sit in a collective that this rank's orderly end would wait for.
+    os._exit(2 if output_dir is None else 1)
 
 
 def end_with_launcher() -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nemo_dapo import coordination
-from nemo_dapo.coordination import lead, share_batch, share_number
+from nemo_dapo.coordination import LeaderFailedError, lead, share_batch, share_number
 from nemo_dapo.types import TrainBatch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -85,11 +85,33 @@ def _rank_zero_raises(rank: int, group: dist.ProcessGroup) -> object:
     return lead(_raise, group)
 
 
+def _rank_one_dies(rank: int, group: dist.ProcessGroup) -> object:
+    if rank == 1:
+        os._exit(9)
+    return lead(_sleep_long, group)
+
+
+async def _sleep_long() -> None:
+    await asyncio.sleep(60)
+
+
+def _rank_zero_raises_and_nobody_listens(rank: int, group: dist.ProcessGroup) -> object:
+    coordination.LAST_WORD_SECONDS = 1.0
+    if rank == 1:
+        time.sleep(60)
+    started = time.monotonic()
+    try:
+        return lead(_raise, group)
+    except ValueError as error:
+        return str(error), time.monotonic() - started
+
+
 def _rank(rank: int, scenario: Callable[[int, dist.ProcessGroup], object], folder: Path) -> None:
     torch.set_num_threads(1)
     coordination.SECONDS_BETWEEN_WORDS = WORD_SECONDS
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=GROUP_TIMEOUT_SECONDS))
+    dist.barrier()  # rank 0 may end at once: the other one must have connected by then
     try:
         outcome = scenario(rank, group)
     except Exception as error:
@@ -140,7 +162,20 @@ def test_a_leader_that_is_gone_ends_the_others_with_an_error(
     assert message
 
 
-def test_what_the_work_raises_is_raised_on_the_leader(tmp_path: Path) -> None:
-    (kind, message), (other, _) = run(_rank_zero_raises, tmp_path)
+def test_what_the_work_raises_is_raised_on_the_leader_and_the_others_are_told(tmp_path: Path) -> None:
+    (kind, message), (other, told) = run(_rank_zero_raises, tmp_path)
     assert (kind, message) == (ValueError, "no prompts left")
-    assert issubclass(other, RuntimeError)
+    assert other is LeaderFailedError
+    assert "rank 0 failed" in told
+
+
+def test_a_leader_stops_its_work_when_another_rank_is_gone(tmp_path: Path) -> None:
+    ((kind, message),) = run(_rank_one_dies, tmp_path, wait_for=(0,))
+    assert kind is RuntimeError
+    assert message.startswith("another rank is gone")
+
+
+def test_a_leader_that_fails_does_not_wait_for_ranks_that_do_not_listen(tmp_path: Path) -> None:
+    ((message, seconds),) = run(_rank_zero_raises_and_nobody_listens, tmp_path, wait_for=(0,))
+    assert message == "no prompts left"
+    assert seconds < 10  # one second's deadline, on a machine that may be busy; the work raises at once
