@@ -96,6 +96,7 @@ class VLLMEngine:
         )
         self.restarts = 0
         self._version = INITIAL_VERSION
+        self._asleep = False
         self._files: list[Path] | None = []  # of the newest weights; none before the first update, None if it failed
         self._reports_versions = True
         self._deaths = [0] * len(servers)
@@ -185,12 +186,14 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """Free the servers' GPU memory while the trainer works, where `rollout.vllm.enable_sleep_mode` is set."""
-        if self.config.vllm.get("enable_sleep_mode"):
+        if self.config.vllm.get("enable_sleep_mode") and not self._asleep:
+            self._asleep = True
             self._each_server(lambda index: self._control(index, "/sleep", {"level": "1"}))
 
     def wake_up(self) -> None:
-        """Undo `sleep`."""
-        if self.config.vllm.get("enable_sleep_mode"):
+        """Undo `sleep`; nothing where the servers are awake."""
+        if self._asleep:
+            self._asleep = False
             self._each_server(lambda index: self._control(index, "/wake_up", {}))
 
     def close(self) -> None:
@@ -269,19 +272,27 @@ class VLLMEngine:
 
     def _push_or_restart(self, index: int) -> None:
         """Update one server; one that is dead, or dies of it, is restarted once, with the same weights."""
+        if not self._reached(index, "take the weights", lambda: self._push(index)):
+            self._restart(index)
+
+    def _reached(self, index: int, purpose: str, action: Callable[[], None]) -> bool:
+        """Run `action` on server `index`; False when the server is dead or dies of it.
+
+        Raises TimeoutError when it is late, RuntimeError when it lives and breaks the connection.
+        """
         try:
             if self.servers.alive(index):
-                self._push(index)
-                return
+                action()
+                return True
         except httpx.TimeoutException as late:
             raise TimeoutError(
-                f"vLLM server {index} did not take the weights within rollout.sync_timeout="
-                f"{self.config.sync_timeout:.0f} s; raise it, or see {self.servers.servers[index].log_path}"
+                f"vLLM server {index} did not {purpose} within rollout.sync_timeout={self.config.sync_timeout:.0f} s; "
+                f"raise it, or see {self.servers.servers[index].log_path}"
             ) from late
         except httpx.TransportError as problem:
             if not self._ends_soon(index):
-                raise RuntimeError(f"vLLM server {index} broke the connection while it took the weights") from problem
-        self._restart(index)
+                raise RuntimeError(f"vLLM server {index} broke the connection; it was to {purpose}") from problem
+        return False
 
     def _ends_soon(self, index: int) -> bool:
         """Whether the server's process ends within a few seconds: its connections break before it is seen dead."""
@@ -291,9 +302,14 @@ class VLLMEngine:
         return not self.servers.alive(index)
 
     def _control(self, index: int, route: str, params: dict[str, str]) -> None:
+        """One call of a control route. A dead server is passed over: the next weight update starts it anew, awake."""
         deadline = time.monotonic() + self.config.sync_timeout
-        with self.servers.http(index, self.config.sync_timeout) as http:
-            weight_sync.call(http, "POST", route, deadline, params=params)
+
+        def ask() -> None:
+            with self.servers.http(index, self.config.sync_timeout) as http:
+                weight_sync.call(http, "POST", route, deadline, params=params)
+
+        self._reached(index, f"answer {route}", ask)
 
     def _each_server(self, action: Callable[[int], None]) -> None:
         """Run `action(index)` for all servers at once; the first error is raised after all have ended."""
