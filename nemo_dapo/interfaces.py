@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from nemo_dapo.telemetry.metrics import Metric
 from nemo_dapo.types import Prompt, Sample, SamplingParams, TrainBatch, Verdict
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ class Policy(Protocol):
 
     def update(
         self, batch: TrainBatch, loss_fn: LossFn, old_logprobs: Tensor | None, ref_logprobs: Tensor | None = None
-    ) -> dict[str, float]:
+    ) -> dict[str, Metric]:
         """One optimizer step on `batch`; the loss is divided once by its number of response tokens. `old_logprobs` [T]
-        None means theta_old = theta (the first update of a rollout step). Raises NonFiniteGradientError on every rank."""
+        None means theta_old = theta (the first update of a rollout step). Returns what to record, the same on every rank.
+        Raises NonFiniteGradientError on every rank."""
         ...
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:

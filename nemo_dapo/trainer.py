@@ -21,9 +21,11 @@ from nemo_dapo import checkpoint
 from nemo_dapo.batching import minibatches
 from nemo_dapo.config import Resume, RunConfig
 from nemo_dapo.controller import Controller, Rollout
-from nemo_dapo.coordination import lead, share_batch, share_number
+from nemo_dapo.coordination import lead, never, share_batch, share_number
 from nemo_dapo.interfaces import NonFiniteGradientError, Policy
 from nemo_dapo.loss import make_loss_fn
+from nemo_dapo.telemetry.memory import memory_record
+from nemo_dapo.telemetry.metrics import Last, Max, Mean, Metric, Sum, merge, merge_across_ranks, values
 from nemo_dapo.types import TrainBatch
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ class DAPOTrainer:
         self.loss_fn = make_loss_fn(config.algorithm)
         self.progress = Progress()
         self.parity_checked = False
-        self.record: dict[str, float] = {}
+        self.record: dict[str, Metric] = {}
 
     def fit(self) -> None:
         """Algorithm 1. Raises what stops a run: a broken trainer/vLLM pair, repeated non-finite gradients, dead servers."""
@@ -77,9 +79,10 @@ class DAPOTrainer:
         """The same batch on every rank; the groups behind it on rank 0 only."""
         self.record = {}
         controller, step = self.controller, self.progress.rollout_steps + 1
-        rollout = lead(lambda: controller.collect(step) if controller else _never(), self.group)
-        if rollout is not None:
-            self.record |= rollout.metrics
+        rollout = lead(lambda: controller.collect(step) if controller else never(), self.group)
+        if rollout is not None and controller is not None:
+            controller.engine.sleep()
+            self.record |= {name: Last(value) for name, value in rollout.metrics.items()}
         return share_batch(rollout.batch if rollout else None, self.group), rollout
 
     def old_logprobs(self, batch: TrainBatch) -> tuple[Tensor | None, Tensor | None]:
@@ -102,7 +105,8 @@ class DAPOTrainer:
         """
         mismatch = (old_logprobs - batch.rollout_logprobs).abs()
         gap = float(mismatch.sum()) / max(batch.num_response_tokens, 1)
-        self.record |= {"rollout/logprob_gap": gap, "rollout/logprob_gap_max": float(mismatch.max())}
+        self.add("rollout/logprob_gap", Mean(float(mismatch.sum()), batch.num_response_tokens))
+        self.add("rollout/logprob_gap_max", Max(float(mismatch.max())))
         limit = self.config.rollout.max_logprob_gap
         if gap > limit and not self.parity_checked:
             raise RuntimeError(
@@ -131,7 +135,8 @@ class DAPOTrainer:
             return
         self.progress.optimizer_steps += 1
         self.progress.refused_in_a_row = 0
-        self._add_update(metrics)
+        for name, metric in metrics.items():
+            self.add(f"train/{name}", metric)
 
     def refuse(self, error: NonFiniteGradientError, chosen: Tensor, rollout: Rollout | None) -> None:
         """Count a refused update and name its prompts; re-raise after optimizer.max_refused_updates in a row."""
@@ -149,6 +154,7 @@ class DAPOTrainer:
         with self.timed("sync"):
             weights = self.policy.export_weights()
             if self.controller is not None:
+                self.controller.engine.wake_up()
                 self.controller.engine.update_weights(weights, self.progress.rollout_steps)
             for _ in weights:
                 pass
@@ -163,11 +169,11 @@ class DAPOTrainer:
     def evaluate(self) -> None:
         controller, step = self.controller, self.progress.rollout_steps
         with self.timed("eval"):
-            result = lead(lambda: controller.evaluate(step) if controller else _never(), self.group)
+            result = lead(lambda: controller.evaluate(step) if controller else never(), self.group)
         if result is not None:
-            self.record |= {f"eval/{name}": value for name, value in result.metrics().items()}
+            self.record |= {f"eval/{name}": Last(value) for name, value in result.metrics().items()}
             accuracies = [one.avg.value for one in result.sets.values()]
-            self.record["eval/accuracy"] = sum(accuracies) / len(accuracies)
+            self.add("eval/accuracy", Mean(sum(accuracies), len(accuracies)))
 
     def save_when_due(self) -> None:
         every, step = self.config.checkpoint.every, self.progress.rollout_steps
@@ -204,27 +210,23 @@ class DAPOTrainer:
             print(f"resumed from {self.checkpoints} at {self.progress}", flush=True)
 
     def log(self) -> None:
+        """The step's record to the sinks, after a word with every rank: memory is the most that any of them holds."""
+        memory = merge_across_ranks(memory_record(), self.group)
         if self.controller is None:
             return
+        record = values(self.record | memory)
+        if "train/gap" in record:  # a step of one update scores its tokens in that update alone
+            record.setdefault("rollout/logprob_gap", record["train/gap"])
         counters = {f"progress/{name}": float(value) for name, value in asdict(self.progress).items()}
-        if updates := self.record.pop("updates", 0):
-            self.record |= {k: v / updates for k, v in self.record.items() if k.startswith("train/")}
-            self.record.setdefault("rollout/logprob_gap", self.record["train/gap"])
-        self.controller.record(self.progress.rollout_steps, self.record | counters)
+        self.controller.record(self.progress.rollout_steps, record | counters)
 
-    def _add_update(self, metrics: dict[str, float]) -> None:
-        """Sums over the step's updates, which `log` turns into means."""
-        for name, value in metrics.items():
-            self.record[f"train/{name}"] = self.record.get(f"train/{name}", 0.0) + value
-        self.record["updates"] = self.record.get("updates", 0.0) + 1
+    def add(self, name: str, metric: Metric) -> None:
+        """Merge `metric` into the step's record, by its type."""
+        self.record = merge([self.record, {name: metric}])
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Seconds inside are added to `time/<name>` of the step's record."""
         start = time.monotonic()
         yield
-        self.record[f"time/{name}"] = self.record.get(f"time/{name}", 0.0) + time.monotonic() - start
-
-
-async def _never() -> Any:
-    raise AssertionError("only rank 0 leads")
+        self.add(f"time/{name}", Sum(time.monotonic() - start))

@@ -26,6 +26,7 @@ from nemo_dapo.batching import MicroBatch
 from nemo_dapo.config import AlgorithmConfig, DecayStyle, ModelConfig, OptimizerConfig, ParallelConfig, Precision
 from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
 from nemo_dapo.loss import make_loss_fn
+from nemo_dapo.telemetry.metrics import values
 from nemo_dapo.types import TrainBatch
 
 TIMEOUT_MINUTES = 2.0
@@ -232,7 +233,7 @@ def first_step(layout: Layout) -> Callable[[Job], dict[str, Any]]:
             policy, batch = job.policy(layout, model), make_train_batch()
             old = noisy_old_logprobs(policy, batch)
             result = gradient_with(policy, batch, LOSS, old, 128)
-            metrics = policy.update(batch, LOSS, old)
+            metrics = values(policy.update(batch, LOSS, old))
             out[model] = result | {"metrics": metrics, "logprobs_after": policy.logprobs(batch)}
         return out
 
@@ -280,7 +281,7 @@ def checkpoint(layout: Layout, name: str) -> Callable[[Job], dict[str, Any]]:
         batch, policy = make_train_batch(), job.policy(layout)
         policy.update(batch, LOSS, None)
         path = _save(job, policy, name)
-        out = {"saved": weights_of(policy), "next_metrics": policy.update(batch, LOSS, None)}
+        out = {"saved": weights_of(policy), "next_metrics": values(policy.update(batch, LOSS, None))}
         return out | {"next": weights_of(policy)} | {"loaded": load_and_update(job, layout, path)}
 
     return scenario
@@ -291,7 +292,7 @@ def load_and_update(job: Job, layout: Layout, path: Path) -> dict[str, Any]:
     policy = job.policy(layout)
     policy.load(path)
     weights = weights_of(policy)
-    metrics = policy.update(make_train_batch(), LOSS, None)
+    metrics = values(policy.update(make_train_batch(), LOSS, None))
     return {"weights": weights, "next": weights_of(policy), "metrics": metrics}
 
 
@@ -358,22 +359,40 @@ def non_finite(layout: Layout) -> Callable[[Job], dict[str, Any]]:
                 e[row] = math.nan
         weight = attempt(policy, batch)
         with torch.no_grad():
-            for (e, row), values in zip(rows, kept, strict=True):
-                e[row] = values
+            for (e, row), before in zip(rows, kept, strict=True):
+                e[row] = before
         poisoned = make_train_batch()
         poisoned.advantages[RARE_SEQUENCE] = math.nan
         advantage = attempt(policy, poisoned)
-        metrics = policy.update(batch, LOSS, None)
+        metrics = values(policy.update(batch, LOSS, None))
         clean = job.policy(layout, "qwen3_untied", tokens=LONGEST)
         return {
             "holds_sequence": RARE_SEQUENCE in tokens_of_rank,
             "weight": weight,
             "advantage": advantage,
             "metrics": metrics,
-            "clean_metrics": clean.update(batch, LOSS, None),
+            "clean_metrics": values(clean.update(batch, LOSS, None)),
         }
 
     return scenario
+
+
+def own_gradient(job: Job) -> dict[str, Any]:
+    """Whether this rank's gradient counts as finite when its own shard, or another one, holds what it should not.
+
+    `reduced`: the reduce-scatter has begun, as `overlap_grad_reduce` has it.
+    """
+    from nemo_dapo.megatron.policy import _own_gradient
+
+    buffer, out = job.policy(Layout()).model[0].buffers[0], {}
+    for reduced in (False, True):
+        buffer.ddp_config.overlap_grad_reduce = reduced
+        for shard in range(job.world_size):
+            buffer.grad_data.zero_()
+            buffer.buckets[0].grad_data.view(job.world_size, -1)[shard, 0] = math.nan
+            finite = all(bool(part.isfinite().all()) for part in _own_gradient(buffer))
+            out["reduced" if reduced else "local", "own shard" if shard == job.rank else "other shard"] = finite
+    return out
 
 
 def reference_model(job: Job) -> dict[str, Any]:
@@ -383,7 +402,7 @@ def reference_model(job: Job) -> dict[str, Any]:
     for _ in range(3):
         reference = policy.reference_logprobs(batch)
         out["reference"].append(reference)
-        out["kl"].append(policy.update(batch, loss_fn, None, reference)["kl"])
+        out["kl"].append(policy.update(batch, loss_fn, None, reference)["kl"].value)
     return out | {"end": policy.logprobs(batch), "reference_end": policy.reference_logprobs(batch)}
 
 
@@ -398,7 +417,7 @@ def learning_rates(job: Job) -> dict[str, list[float]]:
     out = {}
     for name, optimizer in SCHEDULES.items():
         policy = job.policy(Layout(), optimizer=optimizer)
-        out[name] = [policy.update(batch, LOSS, None)["lr"] for _ in range(8)]
+        out[name] = [policy.update(batch, LOSS, None)["lr"].value for _ in range(8)]
     return out
 
 
@@ -471,6 +490,7 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
         "packed_attention": packed_attention,
     },
     2: {
+        "own_gradient": own_gradient,
         "sharded_scores": sharded_scores,
         "first_step tp2": first_step(TP2),
         "first_step pp2": first_step(PP2),

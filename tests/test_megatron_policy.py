@@ -154,6 +154,15 @@ def test_a_non_finite_gradient_is_refused_on_every_rank(policy_runs: PolicyRuns,
         assert f"ranks {guilty}" in refusal["message"]
 
 
+def test_what_other_ranks_summed_into_this_ranks_shard_is_not_its_own_gradient(policy_runs: PolicyRuns) -> None:
+    for rank in range(2):
+        finite = policy_runs.get(2, "own_gradient", rank)
+        assert finite["reduced", "own shard"]
+        assert not finite["reduced", "other shard"]
+        assert not finite["local", "own shard"]
+        assert not finite["local", "other shard"]
+
+
 @pytest.mark.parametrize("layout", ["dp2", "pp2"])
 def test_the_update_after_a_refused_one_is_that_of_a_fresh_policy(policy_runs: PolicyRuns, layout: str) -> None:
     for rank in range(2):

@@ -39,6 +39,7 @@ from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
 from nemo_dapo.megatron import checkpoint, weights
 from nemo_dapo.megatron.logprobs import score_targets
 from nemo_dapo.megatron.parallel import control_group, device
+from nemo_dapo.telemetry.metrics import Max, Mean, Metric
 from nemo_dapo.types import TrainBatch
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,6 @@ class MegatronPolicy:
         *,
         tokens_per_microbatch: int,
         temperature: float = 1.0,
-        with_entropy: bool = True,
         with_reference: bool = False,
     ) -> None:
         self.max_tokens = tokens_per_microbatch
@@ -231,21 +231,23 @@ class MegatronPolicy:
         loss_fn: LossFn,
         old_logprobs: Tensor | None,
         ref_logprobs: Tensor | None = None,
-    ) -> dict[str, float]:
+    ) -> dict[str, Metric]:
         """One optimizer step on `batch`; old_logprobs and ref_logprobs [T] are aligned with `batch.tokens`.
 
-        Returns the loss function's metrics per response token, `loss`, `grad_norm` (before clipping) and `lr`, the same
-        on every rank. Raises NonFiniteGradientError, on every rank and with the weights untouched, instead of stepping.
+        Returns the loss function's metrics and `loss` as means over response tokens, `grad_norm` (before clipping) with
+        the largest one, and `lr`, the same on every rank. Raises NonFiniteGradientError, on every rank and with the weights
+        untouched, instead of stepping.
         """
         self._zero_gradients()
-        grad_norm, sums = self.accumulate_gradients(batch, loss_fn, old_logprobs, ref_logprobs)
+        grad_norm, means = self.accumulate_gradients(batch, loss_fn, old_logprobs, ref_logprobs)
         if not math.isfinite(grad_norm):
             self._zero_gradients()
             raise NonFiniteGradientError(grad_norm, *self._gather_culprits())
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scheduler.step(increment=1)
-        return sums | {"grad_norm": grad_norm, "lr": float(lr)}
+        norms: dict[str, Metric] = {"grad_norm": Mean(grad_norm, 1), "grad_norm_max": Max(grad_norm)}
+        return means | norms | {"lr": Mean(float(lr), 1)}
 
     def accumulate_gradients(
         self,
@@ -253,7 +255,7 @@ class MegatronPolicy:
         loss_fn: LossFn,
         old_logprobs: Tensor | None,
         ref_logprobs: Tensor | None = None,
-    ) -> tuple[float, dict[str, float]]:
+    ) -> tuple[float, dict[str, Metric]]:
         """Forward and backward over all micro-batches: the reduced gradient is left in the optimizer's buffers.
 
         Returns its norm and the metrics; the gradient is that of (sum of the loss over tokens) / (number of tokens).
@@ -277,8 +279,8 @@ class MegatronPolicy:
         grad_norm = float(self.optimizer.get_grad_norm())
         return grad_norm, self._token_means(batch, loss_fn, per_microbatch)
 
-    def _token_means(self, batch: TrainBatch, loss_fn: LossFn, sums: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sums over all ranks' micro-batches, divided by the response tokens of the whole batch."""
+    def _token_means(self, batch: TrainBatch, loss_fn: LossFn, sums: list[dict[str, Tensor]]) -> dict[str, Metric]:
+        """Sums over all ranks' micro-batches, over the response tokens of the whole batch."""
         # Ranks of other pipeline stages computed no loss: an empty micro-batch tells them its metrics' names.
         anything = torch.zeros(batch.tokens.numel())
         empty = pack(batch, [], old_logprobs=anything, ref_logprobs=anything)
@@ -288,8 +290,8 @@ class MegatronPolicy:
         if self._reports():
             for row in sums:
                 totals += torch.tensor([float(row[name]) for name in names], dtype=torch.float64)
-        totals = _all_reduce(totals)
-        return dict(zip(names, (totals / max(1, batch.num_response_tokens)).tolist(), strict=True))
+        tokens = batch.num_response_tokens
+        return {name: Mean(total, tokens) for name, total in zip(names, _all_reduce(totals).tolist(), strict=True)}
 
     def _zero_gradients(self) -> None:
         for chunk in self.model:
@@ -297,10 +299,11 @@ class MegatronPolicy:
         self.optimizer.zero_grad()
 
     def _finalize_gradients(self, model: list[Any], *args: Any, **kwargs: Any) -> None:
-        """Megatron's reduction over ranks, after noting whether this rank's own gradient was finite: afterwards a
-        non-finite value of one rank is everybody's."""
-        buffers = [buffer.grad_data for chunk in model for buffer in chunk.buffers + chunk.expert_parallel_buffers]
-        self.local_gradient_finite = torch.stack([b.isfinite().all() for b in buffers]).all()
+        """Megatron's reduction over ranks, after noting whether this rank's own gradient was finite."""
+        own = [
+            part for chunk in model for b in chunk.buffers + chunk.expert_parallel_buffers for part in _own_gradient(b)
+        ]
+        self.local_gradient_finite = torch.stack([part.isfinite().all() for part in own]).all()
         finalize_model_grads(model, *args, **kwargs)
 
     def _gather_culprits(self) -> tuple[list[int], list[int]]:
@@ -336,6 +339,20 @@ class MegatronPolicy:
     def load(self, path: Path) -> None:
         """Read what `save` wrote, also under another tensor, pipeline or data parallel size."""
         checkpoint.load(path, self.model, self.optimizer, self.scheduler)
+
+
+def _own_gradient(buffer: Any) -> Iterator[Tensor]:
+    """The parts of a gradient buffer that hold nothing but this rank's own sums.
+
+    That is all of it, unless `overlap_grad_reduce` has begun to reduce: the reduce-scatter writes the sum over ranks into
+    this rank's shard, where another rank's non-finite value would look like ours.
+    """
+    group = buffer.data_parallel_group
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    is_reduced = size > 1 and buffer.ddp_config.overlap_grad_reduce
+    for bucket in buffer.buckets:
+        shards = bucket.grad_data.view(size, -1)
+        yield from (shards[shard] for shard in range(size) if not (is_reduced and shard == rank))
 
 
 def _all_reduce(host: Tensor) -> Tensor:
