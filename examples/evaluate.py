@@ -1,6 +1,7 @@
 """How good a model is: avg@k, pass@k and maj@k of a Hugging Face folder, or of a training checkpoint, on problem sets.
 
-    python examples/evaluate.py model.path=<folder> '+data.eval.aime24={format: columns, path: aime24.jsonl}'
+    python examples/evaluate.py model.path=<folder> benchmark=[aime24,aime25,math500]
+    python examples/evaluate.py model.path=<folder> '+data.eval.mine={format: columns, path: mine.jsonl}'
     python examples/evaluate.py model.path=<folder> evaluation.checkpoint=runs/<name>/checkpoints/step_000100 …
 
 Prints one line a set; writes `summary.json` and, a line a problem, `problems.jsonl` under `output_dir`.
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from nemo_dapo import config as schema
 from nemo_dapo import entry
-from nemo_dapo.config import RunConfig, typed
+from nemo_dapo.config import RunConfig
 
 if TYPE_CHECKING:
     from nemo_dapo.evaluation import EvaluationResult
@@ -27,21 +29,9 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "evaluate.yaml"
 
 
 def check(config: RunConfig) -> None:
-    """Raises ValueError where there is nothing to evaluate, or nothing to evaluate on, or more than one process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "start examples/evaluate.py without torchrun: it is one process, and rollout.num_servers=N serves faster"
-        )
-    if not config.data.eval:
-        raise ValueError("data.eval is empty: name a set, +data.eval.<name>={format: columns, path: <file>}")
-    if not (Path(config.model.path) / "config.json").is_file():
-        raise ValueError(f"model.path={config.model.path!r} must be a Hugging Face folder: it has no config.json")
-    chosen = config.evaluation.checkpoint
-    if chosen and not (Path(chosen) / "policy").is_dir():
-        raise ValueError(
-            f"evaluation.checkpoint={chosen!r} has no folder policy/; name one of runs/<name>/checkpoints/step_*"
-        )
-    if chosen:
+    """Raises ValueError for options that contradict each other, or where a model or a set to evaluate is missing."""
+    schema.validate_evaluation(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if config.evaluation.checkpoint:
         entry.require("megatron.core", "megatron.bridge")
 
 
@@ -98,9 +88,10 @@ def run(config: RunConfig) -> EvaluationResult:
 
 def main(cfg: DictConfig) -> None:
     """Evaluate; on an error say it in one line and exit with 2 for a bad configuration, 1 for a failed run."""
+    entry.quiet_libraries()
     output = None
     try:
-        config = typed(cfg)
+        config = schema.typed(cfg)
         check(config)
         output = Path(config.output_dir)
         result = run(config)

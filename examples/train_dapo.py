@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -131,8 +130,7 @@ def prepare(cfg: DictConfig) -> RunConfig:
 
 def main(cfg: DictConfig) -> None:
     """Train; on an error say it in one line and exit with 2 for a bad configuration, 1 for a failed run."""
-    for name in ("megatron", "nv_one_logger", "httpx"):  # hundreds of lines a rank that say nothing of the run
-        logging.getLogger(name).setLevel(logging.WARNING)
+    entry.quiet_libraries()
     config = None
     try:
         config = prepare(cfg)

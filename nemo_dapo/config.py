@@ -294,8 +294,33 @@ def validate(config: RunConfig, world_size: int) -> None:
         *_check_optimizer(config.optimizer),
         *_check_rollout(config),
         *_check_data(config),
+        *_check_evaluation(config.evaluation),
         *_check_model(config, world_size),
     ]
+    _refuse(problems)
+
+
+def validate_evaluation(config: RunConfig, world_size: int) -> None:
+    """The same for examples/evaluate.py, which trains nothing and is one process."""
+    problems = [*_check_evaluation(config.evaluation), *_check_lengths(config), *_check_folder(config.model)]
+    if not config.data.eval:
+        problems.append(
+            "data.eval is empty; choose sets (benchmark=[aime24,math500]) or name one: "
+            "+data.eval.mine={format: columns, path: …}"
+        )
+    if world_size > 1:
+        problems.append(
+            f"{world_size} ranks were started; start it without torchrun: rollout.num_servers=N serves faster"
+        )
+    chosen = config.evaluation.checkpoint
+    if chosen and not (Path(chosen) / "policy").is_dir():
+        problems.append(
+            f"evaluation.checkpoint={chosen!r} has no folder policy/; name one of runs/<name>/checkpoints/step_*"
+        )
+    _refuse(problems)
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise ValueError("configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
@@ -383,6 +408,25 @@ def _check_data(config: RunConfig) -> Iterator[str]:
         yield f"evaluation.every={config.evaluation.every} but data.eval is empty; name a set, or set it to 0"
 
 
+def _check_evaluation(e: EvaluationConfig) -> Iterator[str]:
+    if e.samples < 1:
+        yield f"evaluation.samples={e.samples} must be at least 1"
+    if e.temperature < 0:
+        yield f"evaluation.temperature={e.temperature} must not be negative"
+    if e.temperature == 0 and e.samples > 1:
+        yield (
+            f"evaluation.samples={e.samples} with temperature=0 copies one greedy answer; set samples=1, or a temperature"
+        )
+
+
+def _check_folder(model: ModelConfig) -> Iterator[str]:
+    if not (Path(model.path) / "config.json").is_file():
+        yield (
+            f"model.path={model.path!r} has no config.json; give a Hugging Face model folder "
+            "(for the demo: python examples/demo/prepare.py)"
+        )
+
+
 def _check_model(config: RunConfig, world_size: int) -> Iterator[str]:
     p = config.parallel
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
@@ -399,14 +443,11 @@ def _check_model(config: RunConfig, world_size: int) -> Iterator[str]:
             f"model.path={config.model.path!r} is where this run writes its trained model; change output_dir (or name), "
             "or set checkpoint.export=false"
         )
-    file = Path(config.model.path) / "config.json"
-    if not file.is_file():
-        yield (
-            f"model.path={config.model.path!r} has no config.json; give a Hugging Face model folder "
-            "(for the demo: python examples/demo/prepare.py)"
-        )
+    missing = list(_check_folder(config.model))
+    yield from missing
+    if missing:
         return
-    model = json.loads(file.read_text())
+    model = json.loads((Path(config.model.path) / "config.json").read_text())
     for name, parts, option in (
         ("num_attention_heads", tp, "tensor"),
         ("num_key_value_heads", tp, "tensor"),

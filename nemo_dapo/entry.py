@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 import os
 import shutil
 import signal
@@ -66,6 +67,12 @@ def start(
     from nemo.core.config import hydra_runner
 
     hydra_runner(config_path=str(config.parent), config_name=config.stem)(main)()
+
+
+def quiet_libraries() -> None:
+    """Leave out hundreds of lines a rank that say nothing of the run; call it after NeMo has set logging up."""
+    for name in ("megatron", "nv_one_logger", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def fail(output_dir: Path | None, error: Exception) -> NoReturn:

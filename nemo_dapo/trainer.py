@@ -108,7 +108,7 @@ class DAPOTrainer:
         self.add("rollout/logprob_gap", Mean(float(mismatch.sum()), batch.num_response_tokens))
         self.add("rollout/logprob_gap_max", Max(float(mismatch.max())))
         limit = self.config.rollout.max_logprob_gap
-        if gap > limit and not self.parity_checked:
+        if not gap <= limit and not self.parity_checked:  # NaN too
             raise RuntimeError(
                 f"trainer and vLLM disagree on the log-probabilities of the same tokens by {gap:.2g} nats on average, "
                 f"expected at most rollout.max_logprob_gap={limit}: training on this pair would follow noise. Compare the "

@@ -13,7 +13,7 @@ import pytest
 
 from nemo_dapo import config as schema
 from nemo_dapo import entry
-from nemo_dapo.config import OverlongConfig, RunConfig, validate
+from nemo_dapo.config import OverlongConfig, RunConfig, validate, validate_evaluation
 
 CONF = Path(__file__).parents[1] / "conf"
 MODEL = {
@@ -87,6 +87,32 @@ def test_the_configuration_of_the_evaluation_composes() -> None:
     run = compose("model.path=m", "+data.eval.mine={format: columns, path: mine.jsonl}", name="evaluate")
     assert run.data.eval["mine"].path == "mine.jsonl"
     assert (run.evaluation.samples, run.evaluation.top_p) == (32, 0.7)
+
+
+def test_benchmarks_join_the_sets_that_are_named_otherwise() -> None:
+    mine = "+data.eval.mine={format: columns, path: mine.jsonl}"
+    for name in ("config", "evaluate"):
+        run = compose("model.path=m", "benchmark=[aime24,aime25,amc23,math500,gsm8k]", mine, name=name)
+        assert list(run.data.eval) == ["aime24", "aime25", "amc23", "math500", "gsm8k", "mine"]
+        assert all(one.hub for one in list(run.data.eval.values())[:-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranks", "part"),
+    [
+        ([], 1, "data.eval is empty; choose sets (benchmark=[aime24,math500])"),
+        (["benchmark=[aime24]"], 2, "2 ranks were started; start it without torchrun"),
+        (["benchmark=[aime24]", "evaluation.temperature=0"], 1, "evaluation.samples=32 with temperature=0"),
+        (["benchmark=[aime24]", "evaluation.checkpoint=nowhere"], 1, "evaluation.checkpoint='nowhere' has no folder"),
+        (["benchmark=[aime24]", "model.path=nowhere"], 1, "model.path='nowhere' has no config.json"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_it_starts(
+    arguments: list[str], ranks: int, part: str, model: Path
+) -> None:
+    validate_evaluation(compose(f"model.path={model}", "benchmark=[aime24]", name="evaluate"), world_size=1)
+    with pytest.raises(ValueError, match=re.escape(part)):
+        validate_evaluation(compose(f"model.path={model}", *arguments, name="evaluate"), ranks)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +198,12 @@ CONTRADICTIONS = {
     "top p": (["rollout.top_p=0.9"], ["rollout.top_p=0.9", "set 1.0 and -1", "algorithm.importance_cap"]),
     "top k": (["rollout.top_k=20"], ["top_k=20", "set 1.0 and -1", "algorithm.importance_cap"]),
     "devices": (["rollout.visible_devices=['0','1']"], ["visible_devices has 2", "num_servers=1", "one each"]),
+    "evaluation of nothing": (["evaluation.samples=0"], ["evaluation.samples=0", "at least 1"]),
+    "evaluation too cold": (["evaluation.temperature=-1"], ["evaluation.temperature=-1", "not be negative"]),
+    "evaluation of copies": (
+        ["evaluation.temperature=0", "evaluation.samples=4"],
+        ["evaluation.samples=4", "temperature=0", "set samples=1"],
+    ),
     "no evaluation set": (["~data.eval.arithmetic"], ["evaluation.every=5", "data.eval is empty", "set it to 0"]),
     "no training set": (["~data.train.arithmetic"], ["data.train is empty", "data=gsm8k"]),
     "layout": (["parallel=tp2pp2"], ["1 ranks", "2 * 2", "--nproc-per-node"]),

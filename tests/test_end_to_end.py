@@ -115,8 +115,8 @@ class Job:
         return self.process.wait(timeout=PATIENCE)
 
 
-def start(folder: Path, arguments: list[str], ranks: int) -> Job:
-    """`arguments` with torchrun on `ranks` ranks, or without it where `ranks` is 0."""
+def start(folder: Path, arguments: list[str], ranks: int, script: str = SCRIPT) -> Job:
+    """`script` on `arguments`, with torchrun on `ranks` ranks, or without it where `ranks` is 0."""
     mark = uuid.uuid4().hex
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
@@ -124,14 +124,14 @@ def start(folder: Path, arguments: list[str], ranks: int) -> Job:
     out, err = folder / f"{mark}.out", folder / f"{mark}.err"
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = subprocess.Popen(
-            [sys.executable, *launcher, SCRIPT, *arguments], cwd=ROOT, env=environment, stdout=stdout, stderr=stderr
+            [sys.executable, *launcher, script, *arguments], cwd=ROOT, env=environment, stdout=stdout, stderr=stderr
         )
     return Job(process, out, err, mark)
 
 
-def run(folder: Path, arguments: list[str], ranks: int) -> tuple[int, Job]:
+def run(folder: Path, arguments: list[str], ranks: int, script: str = SCRIPT) -> tuple[int, Job]:
     """Exit code of the whole job; nothing of it may be alive afterwards."""
-    job = start(folder, arguments, ranks)
+    job = start(folder, arguments, ranks, script)
     try:
         code = job.wait()
         wait_until(lambda: not job.alive(), job, "no process is left", ends=True)
@@ -329,6 +329,65 @@ def test_the_trained_model_loads_in_transformers(story: Story) -> None:
     assert trained(torch.tensor([tokenizer.encode("1+1")])).logits.isfinite().all()
 
 
+# ---------------------------------------------------------------- examples/evaluate.py
+
+
+def evaluation(folder: Path, output: Path, *arguments: str) -> list[str]:
+    (folder / "mine.jsonl").write_text("".join(json.dumps({"q": f"{i}+1=?", "a": i + 1}) + "\n" for i in range(5)))
+    return [
+        f"output_dir={output}",
+        "model.precision=fp32",
+        "data.use_chat_template=false",
+        'data.template="{problem}\\n"',
+        f"+data.eval.mine={{format: columns, path: '{folder / 'mine.jsonl'}', columns: {{problem: q, answer: a}}}}",
+        "+data.eval.sums={format: arithmetic, split: eval, num_problems: 7, max_digits: 4}",
+        "reward.function=tests.end_to_end_rewards:even_length",
+        "reward.overlong.buffer=0",
+        "reward.workers=1",
+        "rollout.max_prompt_length=16",
+        "rollout.max_response_length=16",
+        "evaluation.temperature=0",
+        "evaluation.samples=1",
+        "evaluation.save_responses=true",
+        *arguments,
+    ]
+
+
+@pytest.fixture(scope="module")
+def evaluations(story: Story) -> list[tuple[int, Job, Path]]:
+    """Of the exported model and of the checkpoint it was exported from, side by side."""
+    chosen = [
+        [f"model.path={story.folder / 'run' / 'trained'}"],
+        [
+            f"model.path={story.folder / 'model'}",
+            f"evaluation.checkpoint={story.folder / 'run' / 'checkpoints' / 'step_000006'}",
+        ],
+    ]
+    outputs = [story.folder / "evaluated_folder", story.folder / "evaluated_checkpoint"]
+    with ThreadPoolExecutor(2) as threads:
+        runs = [
+            threads.submit(run, story.folder, evaluation(story.folder, output, *arguments), 0, "examples/evaluate.py")
+            for output, arguments in zip(outputs, chosen, strict=True)
+        ]
+        return [(*each.result(), output) for each, output in zip(runs, outputs, strict=True)]
+
+
+def test_several_sets_are_evaluated_with_a_line_each(evaluations: list[tuple[int, Job, Path]]) -> None:
+    for code, job, output in evaluations:
+        assert code == 0, job.tail()
+        printed = [line.split(",")[0] for line in job.stdout.splitlines() if line.startswith("eval ")]
+        assert printed == ["eval mine: 5 problems", "eval sums: 7 problems"]
+        summary = json.loads((output / "summary.json").read_text())
+        assert {"mine/avg@1", "sums/avg@1", "sums/pass@1", "sums/maj@1", "sums/avg@1_low"} <= summary.keys()
+
+
+def test_a_checkpoint_is_the_model_that_was_exported_from_it(evaluations: list[tuple[int, Job, Path]]) -> None:
+    of_folder, of_checkpoint = ((output / "problems.jsonl").read_text().splitlines() for _, _, output in evaluations)
+    assert len(of_folder) == 12
+    assert of_folder == of_checkpoint
+    assert len({json.loads(line)["responses"][0] for line in of_folder}) > 1, "greedy answers that all look alike"
+
+
 # ---------------------------------------------------------------- what stops a run, and what it says
 
 
@@ -416,8 +475,8 @@ def test_a_server_that_dies_at_start_ends_every_rank(bench: Path) -> None:
     assert code != 0
     (error,) = [line for line in job.errors if line.startswith("error: rank 0")]
     assert "rank 0: RuntimeError: vLLM server 0 ended with exit code 1" in error
-    # Rank 1 may find its peer gone before torchrun ends it.
+    # Rank 1 is told before torchrun ends it.
     others = [line for line in job.errors if line != error]
-    assert all("peer" in line for line in others), others
+    assert all("LeaderFailedError: rank 0 failed" in line for line in others), others
     assert "remedy: " in job.err.read_text()
     assert "Traceback" in (bench / "run" / "errors" / "rank_0.log").read_text()

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from nemo_dapo.config import RolloutConfig
@@ -177,6 +178,9 @@ class FakeServers:
     def describe_exit(self, index: int) -> str:
         return f"server {index} ended"
 
+    def http(self, index: int, timeout: float) -> httpx.Client:
+        return httpx.Client(base_url=self.servers[index].url, timeout=timeout, trust_env=False)
+
     def restart(self, index: int) -> None:
         if index in self.cures:
             self.dead.discard(index)
@@ -274,6 +278,26 @@ def test_a_dead_server_is_restarted_once_and_its_requests_are_sent_again(stand_i
 
     assert [len(samples) for samples in asyncio.run(many())] == [2] * 5
     assert engine.restarts == 1
+
+
+@pytest.mark.parametrize("seen_dead", [True, False])
+def test_a_server_that_died_asleep_is_passed_over_for_the_update_to_restart(seen_dead, monkeypatch):
+    servers = FakeServers(closed_url())
+    engine = engine_over(servers, vllm={"enable_sleep_mode": True})
+    engine._asleep = True
+    servers.dead = {0} if seen_dead else set()
+    monkeypatch.setattr(engine, "_ends_soon", lambda index: True)
+    engine.wake_up()
+    assert not engine._asleep
+    assert engine.restarts == 0
+
+
+def test_a_living_server_that_cannot_be_woken_is_an_error(monkeypatch):
+    engine = engine_over(FakeServers(closed_url()))
+    engine._asleep = True
+    monkeypatch.setattr(engine, "_ends_soon", lambda index: False)
+    with pytest.raises(RuntimeError, match=r"server 0 broke the connection; it was to answer /wake_up"):
+        engine.wake_up()
 
 
 def test_a_server_that_keeps_dying_ends_the_run():

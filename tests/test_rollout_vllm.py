@@ -206,6 +206,20 @@ def test_a_killed_server_is_restarted_with_the_newest_weights_and_its_requests_s
     assert gap(model, everything) < LOGPROB_TOLERANCE
 
 
+def test_a_server_sleeps_once_and_wakes_once(vllm_engine, monkeypatch):
+    """vLLM's CPU engine has the routes and frees nothing; it refuses the option, which is therefore set afterwards."""
+    log = vllm_engine.servers.servers[0].log_path
+    start = log.stat().st_size
+    vllm_engine.sleep()
+    monkeypatch.setitem(vllm_engine.config.vllm, "enable_sleep_mode", True)
+    for act in (vllm_engine.wake_up, vllm_engine.sleep, vllm_engine.sleep, vllm_engine.wake_up, vllm_engine.wake_up):
+        act()
+    said = log.read_bytes()[start:].decode()
+    assert said.count("seconds to fall asleep") == said.count("seconds to wake up") == 1
+    assert "already sleeping" not in said
+    assert sample(vllm_engine)
+
+
 def test_logprobs_equal_hugging_face_before_and_after_an_update_with_untied_embeddings(tiny_models, tmp_path):
     with tiny_engine(tiny_models["untied"], tmp_path) as engine:
         assert {span.version for s in sample(engine) for span in s.versions} == {0}

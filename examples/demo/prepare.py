@@ -61,7 +61,7 @@ class Recipe:
     rope_theta: float = 100.0
     # The usual 0.02 suits widths of thousands; at width 128 it costs most of the minute.
     initializer_range: float = 0.06
-    steps: int = 600
+    steps: int = 800
     batch: int = 32
     lr: float = 3e-3
     warmup: int = 20

@@ -1,0 +1,142 @@
+"""The step around the algorithm: what the loop refuses, whom it names, and when servers sleep.
+
+Policy and controller are stubs here; the real ones run under this loop in test_end_to_end.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nemo_dapo.batching import make_batch
+from nemo_dapo.config import AlgorithmConfig, EvaluationConfig, OptimizerConfig, RolloutConfig, RunConfig, TrainerConfig
+from nemo_dapo.controller import Rollout
+from nemo_dapo.interfaces import NonFiniteGradientError
+from nemo_dapo.telemetry.metrics import Mean
+from nemo_dapo.trainer import DAPOTrainer
+from nemo_dapo.types import Group, Prompt, Sample, Verdict
+
+N, G, R = 2, 2, 3  # prompts, samples a prompt, response tokens
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def rollout_of(uids: list[str]) -> Rollout:
+    sample = Sample((5, 6, 1), (-0.5,) * R, "x", "stop")
+    groups = tuple(
+        Group(Prompt(uid, (3, 4), "", ""), (sample,) * G, (Verdict(True), Verdict(False)), i)
+        for i, uid in enumerate(uids)
+    )
+    return Rollout(make_batch(groups, torch.tensor([[1.0, -1.0]] * len(uids))), groups, {"rollout/accuracy": 0.5})
+
+
+class Stub:
+    """Policy, engine and controller in one, which write down what they were asked for."""
+
+    def __init__(self, gap: float = 0.0, refuse: tuple[int, ...] = ()) -> None:
+        self.engine = self
+        self.calls: list[str] = []
+        self.records: list[dict[str, float]] = []
+        self.gap, self.refuse, self.updates = gap, refuse, 0
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "weight", torch.zeros(1)
+
+    def update_weights(self, weights: Any, version: int) -> None:
+        assert [name for name, _ in weights] == ["weight"]
+        self.calls.append(f"weights {version}")
+
+    def sleep(self) -> None:
+        self.calls.append("sleep")
+
+    def wake_up(self) -> None:
+        self.calls.append("wake up")
+
+    async def collect(self, step: int) -> Rollout:
+        self.calls.append(f"collect {step}")
+        return rollout_of(["first", "second"])
+
+    def logprobs(self, batch: Any) -> torch.Tensor:
+        self.calls.append("logprobs")
+        return batch.rollout_logprobs + self.gap
+
+    def update(self, batch: Any, loss_fn: Any, old: Any, reference: Any = None) -> dict[str, Any]:
+        self.calls.append("update")
+        self.updates += 1
+        if self.updates in self.refuse:
+            raise NonFiniteGradientError(math.inf, [3], [1])
+        # As of a mini-batch whose loss sums to 1 over `updates` tokens: the step's mean must weigh by tokens.
+        return {"loss": Mean(1.0, self.updates)}
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        self.records.append({"step": step, **metrics})
+
+
+def trainer(stub: Stub, folder: Path, **algorithm: Any) -> DAPOTrainer:
+    config = RunConfig(
+        algorithm=AlgorithmConfig(prompts_per_step=N, group_size=G, minibatch_size=G, **algorithm),
+        trainer=TrainerConfig(max_steps=2),
+        rollout=RolloutConfig(max_logprob_gap=1e-3),
+        optimizer=OptimizerConfig(max_refused_updates=2),
+        evaluation=EvaluationConfig(every=0),
+    )
+    made = DAPOTrainer(config, folder, stub, stub, None)  # type: ignore[arg-type]
+    made.save_when_due = lambda: None  # type: ignore[method-assign]  # test_checkpoint.py
+    return made
+
+
+def test_servers_sleep_from_the_end_of_the_rollout_to_the_next_weights(tmp_path: Path) -> None:
+    stub = Stub()
+    trainer(stub, tmp_path).fit()
+    step = ["sleep", "logprobs", "update", "update", "wake up"]
+    assert stub.calls == ["wake up", "weights 0", "collect 1", *step, "weights 1", "collect 2", *step, "weights 2"]
+
+
+def test_a_steps_metrics_weigh_every_token_alike(tmp_path: Path) -> None:
+    stub = Stub()
+    trainer(stub, tmp_path).fit()
+    assert stub.records[0]["train/loss"] == pytest.approx(2 / 3)  # (1 + 1) / (1 + 2), not the mean of 1 and 1/2
+    assert stub.records[0]["rollout/accuracy"] == 0.5
+    assert stub.records[0]["memory/host_gib"] > 0
+    assert [record["progress/optimizer_steps"] for record in stub.records] == [2, 4]
+
+
+@pytest.mark.parametrize("gap", [0.01, math.nan])
+def test_a_pair_that_disagrees_in_the_first_step_is_not_trained_on(gap: float, tmp_path: Path) -> None:
+    stub = Stub(gap=gap)
+    with pytest.raises(RuntimeError, match=r"rollout\.max_logprob_gap=0\.001"):
+        trainer(stub, tmp_path).fit()
+    assert "update" not in stub.calls
+
+
+def test_a_refused_update_names_its_prompts_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stub = Stub(refuse=(2,))
+    trainer(stub, tmp_path).fit()
+    assert "non-finite gradient on ranks [3]" in caplog.text
+    assert "prompts ['second']" in caplog.text  # sequence 1 of the second mini-batch
+    assert [record["progress/refused_updates"] for record in stub.records] == [1, 1]
+    assert [record["progress/optimizer_steps"] for record in stub.records] == [1, 3]
+
+
+def test_refused_updates_in_a_row_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteGradientError):
+        trainer(Stub(refuse=(2, 3)), tmp_path).fit()
+
+
+def test_refused_updates_with_a_good_one_between_them_do_not(tmp_path: Path) -> None:
+    stub = Stub(refuse=(1, 3))
+    trainer(stub, tmp_path).fit()
+    assert stub.records[-1]["progress/refused_updates"] == 2
