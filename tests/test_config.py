@@ -83,8 +83,12 @@ def test_every_group_composes(group: str) -> None:
     compose(group, "model.path=somewhere")
 
 
-def test_the_configuration_of_the_evaluation_composes() -> None:
-    run = compose("model.path=m", "+data.eval.mine={format: columns, path: mine.jsonl}", name="evaluate")
+def test_the_configuration_of_the_evaluation_composes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PYTHON", "/opt/vllm/bin/python")
+    mine = "+data.eval.mine={format: columns, path: mine.jsonl}"
+    run = compose("model.path=m", "model=fp32", "reward=dapo", mine, name="evaluate")
+    assert (run.model.precision.value, run.reward.style.value) == ("fp32", "dapo")
+    assert run.rollout.python == "/opt/vllm/bin/python"
     assert run.data.eval["mine"].path == "mine.jsonl"
     assert (run.evaluation.samples, run.evaluation.top_p) == (32, 0.7)
 
