@@ -1,4 +1,4 @@
-# make demo   sets everything up, then a small model learns arithmetic by DAPO (about 10 minutes on two cores)
+# make demo   sets everything up, then a small model learns arithmetic by DAPO (6 to 9 minutes on two cores)
 # make test   sets everything up and runs all tests
 # Both can be run again at no cost. PYTHON names the interpreter to start from; TORCH_INDEX an index with CPU builds of torch.
 PYTHON ?= python3

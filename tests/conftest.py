@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemo_dapo.config import Precision, RolloutConfig
 from nemo_dapo.rollout.engine import VLLMEngine
@@ -16,6 +17,15 @@ from tests.tiny import save_tiny_model
 ROPE_THETA = 500000.0  # not 10,000: an importer that ignores the model's value must fail
 # Lean settings for a model of this size on a CPU host; each cuts start-up time or memory.
 TINY_VLLM = {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20, "max_num_seqs": 256}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, saying so, on a host without CUDA."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

@@ -57,6 +57,10 @@ def collect_in_this_process() -> None:
 def save(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> None:
     """Write to the existing, empty directory `path`; collective."""
     state = _sharded_state(model, optimizer, scheduler, is_loading=False)
+    for part in (state["optimizer"], *state["optimizer"].values()):
+        # Data-parallel ranks that hold no state say so by None, of which Megatron warns at every save.
+        if isinstance(part, dict) and part.get("param_state", part) is None:
+            del part["param_state"]
     collect_in_this_process()
     dist_checkpointing.save(state, str(path), content_metadata=METADATA)
 
