@@ -31,6 +31,8 @@ CANCEL_SECONDS = 60.0  # for work to end that is cancelled
 class LeaderFailedError(RuntimeError):
     """Rank 0 failed at what the other ranks waited for; the cause is in its own error."""
 
+    is_consequence = True  # see entry.fail
+
 
 def lead(work: Callable[[], Awaitable[T]], group: dist.ProcessGroup | None) -> T | None:
     """Run `work()` on rank 0 in an event loop of its own and return its result there; other ranks wait and return None.

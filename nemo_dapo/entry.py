@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_dapo import config as schema
 from nemo_dapo.config import RunConfig
 
+CONSEQUENCE_SECONDS = 60.0  # twice what ending the servers may take
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ENVIRONMENT = "run `make setup` in the checkout and start with .venv/bin/python (see README.md)"
 CONTAINER = "in NVIDIA's NeMo container `pip install --no-deps -r requirements/ngc.txt`"
@@ -79,9 +80,13 @@ def fail(output_dir: Path | None, error: Exception) -> NoReturn:
     """End this rank with one clear line on standard error; where in the code it came from goes to `errors/` of the run.
 
     Exit code 2 for a bad configuration, which has no `output_dir` yet and which every rank finds alike; 1 for a failed run.
+    A rank that fails because rank 0 did is silent, or a thousand ranks would bury the cause, and waits: the launcher ends
+    all ranks when the first one exits, and rank 0 has servers to end before it says what happened.
     """
     rank = os.environ.get("RANK", "0")
-    if output_dir is not None:
+    if getattr(error, "is_consequence", False):
+        time.sleep(CONSEQUENCE_SECONDS)
+    elif output_dir is not None:
         log = output_dir / "errors" / f"rank_{rank}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:

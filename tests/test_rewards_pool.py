@@ -77,6 +77,14 @@ def test_a_worker_killed_from_outside_costs_no_verdict(pool: RewardPool) -> None
     assert [v.error for v in score(pool, *["7"] * 64)] == [None] * 64
 
 
+def test_all_workers_killed_from_outside_cost_no_verdict_the_spare_among_them(pool: RewardPool) -> None:
+    score(pool, "7")
+    for worker in list(pool._live):
+        worker.abort()
+        worker.process.wait()
+    assert [v.error for v in score(pool, *["7"] * 64)] == [None] * 64
+
+
 def test_one_pool_serves_many_event_loops_and_threads(pool: RewardPool) -> None:
     results: list[list[Verdict]] = []
     threads = [threading.Thread(target=lambda: results.append(score(pool, *["7"] * 16))) for _ in range(4)]

@@ -206,6 +206,8 @@ class RewardPool:
     def _work(self, worker: WorkerProcess | None, units: list[_Unit]) -> WorkerProcess | None:
         """Score `units`; returns the worker that is alive afterwards, None when none could be started."""
         pending = deque(units)
+        if worker and worker.is_gone:  # it ended while it had nothing to do: no unit is to blame
+            worker = self._discard(worker)
         try:
             worker = worker or self._replacement()
             worker.send(f"[{','.join(unit.payload for unit in pending)}]\n".encode(), self.timeout)
@@ -234,9 +236,7 @@ class RewardPool:
     def _discard(self, worker: WorkerProcess | None) -> WorkerProcess | None:
         """The worker in place of one that is lost; None when none starts, to be tried again at the next unit."""
         if worker:
-            worker.kill()
-            with self._lock:
-                self._live.discard(worker)
+            self._bury(worker)
         if self._queue.closed:
             return None
         self.counts["respawned"] += 1
@@ -249,14 +249,22 @@ class RewardPool:
         """The spare, or a fresh worker, ready; and a new spare on its way."""
         with self._lock:
             worker, self._spare = self._spare, None
+        if worker and worker.is_gone:
+            self._bury(worker)
+            worker = None
         worker = worker or self._launch()
         spare = self._launch()
         with self._lock:
             self._spare, surplus = (spare, None) if self._spare is None else (self._spare, spare)
         if surplus:
-            surplus.kill()
+            self._bury(surplus)
         worker.wait_ready(START_TIMEOUT)
         return worker
+
+    def _bury(self, worker: WorkerProcess) -> None:
+        worker.kill()
+        with self._lock:
+            self._live.discard(worker)
 
     def _launch(self) -> WorkerProcess:
         worker = WorkerProcess(self._setup)

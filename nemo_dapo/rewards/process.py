@@ -101,6 +101,11 @@ class WorkerProcess:
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         return f"died: the worker ended {how}"
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the process has ended, by itself or by another's hand."""
+        return self.process.poll() is not None
+
     def abort(self) -> None:
         """SIGKILL alone, from any thread: whoever waits for the worker finds that it died, and clears up."""
         if self.process.poll() is None:
