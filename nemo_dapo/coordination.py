@@ -51,6 +51,11 @@ def lead(work: Callable[[], Awaitable[T]], group: dist.ProcessGroup | None) -> T
     return None
 
 
+def found_alike(error: Exception) -> Exception:
+    """What to raise for an error that every rank finds at once: rank 0 says it, the others leave the word to it."""
+    return error if dist.get_rank() == 0 else LeaderFailedError(f"as rank 0 says: {error}")
+
+
 async def never() -> Any:
     """Stands for the work on the ranks that do not lead."""
     raise AssertionError("only rank 0 leads")

@@ -21,7 +21,7 @@ from nemo_dapo import checkpoint
 from nemo_dapo.batching import minibatches
 from nemo_dapo.config import Resume, RunConfig
 from nemo_dapo.controller import Controller, Rollout
-from nemo_dapo.coordination import lead, never, share_batch, share_number
+from nemo_dapo.coordination import found_alike, lead, never, share_batch, share_number
 from nemo_dapo.interfaces import NonFiniteGradientError, Policy
 from nemo_dapo.loss import make_loss_fn
 from nemo_dapo.telemetry.memory import memory_record
@@ -109,12 +109,13 @@ class DAPOTrainer:
         self.add("rollout/logprob_gap_max", Max(float(mismatch.max())))
         limit = self.config.rollout.max_logprob_gap
         if not gap <= limit and not self.parity_checked:  # NaN too
-            raise RuntimeError(
+            error = RuntimeError(
                 f"trainer and vLLM disagree on the log-probabilities of the same tokens by {gap:.2g} nats on average, "
                 f"expected at most rollout.max_logprob_gap={limit}: training on this pair would follow noise. Compare the "
                 "precision of both (model.precision, the server log), try rollout.vllm.enforce_eager=true, or raise "
                 "the limit"
             )
+            raise found_alike(error)
         if not gap <= limit:
             log.warning("trainer and vLLM differ by %.2g nats a token, above rollout.max_logprob_gap=%g", gap, limit)
         self.parity_checked = True
@@ -147,7 +148,7 @@ class DAPOTrainer:
             uids = {rollout.groups[int(chosen[i]) // group_size].prompt.uid for i in error.sequences}
             log.error("update refused: %s; prompts %s", error, sorted(uids) or "unknown")
         if self.progress.refused_in_a_row >= self.config.optimizer.max_refused_updates:
-            raise error
+            raise found_alike(error)
 
     def sync_weights(self) -> None:
         """Give vLLM the new weights, under the rollout step as their version. Every rank takes part in the export."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nemo_dapo import coordination
-from nemo_dapo.coordination import LeaderFailedError, lead, share_batch, share_number
+from nemo_dapo.coordination import LeaderFailedError, found_alike, lead, share_batch, share_number
 from nemo_dapo.types import TrainBatch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -83,6 +83,10 @@ def _rank_zero_hangs(rank: int, group: dist.ProcessGroup) -> object:
 
 def _rank_zero_raises(rank: int, group: dist.ProcessGroup) -> object:
     return lead(_raise, group)
+
+
+def _all_find_it(rank: int, group: dist.ProcessGroup) -> object:
+    raise found_alike(ValueError("too far apart"))
 
 
 def _rank_one_dies(rank: int, group: dist.ProcessGroup) -> object:
@@ -167,6 +171,13 @@ def test_what_the_work_raises_is_raised_on_the_leader_and_the_others_are_told(tm
     assert (kind, message) == (ValueError, "no prompts left")
     assert other is LeaderFailedError
     assert "rank 0 failed" in told
+
+
+def test_what_all_ranks_find_alike_is_said_by_the_leader(tmp_path: Path) -> None:
+    assert run(_all_find_it, tmp_path) == [
+        (ValueError, "too far apart"),
+        (LeaderFailedError, "as rank 0 says: too far apart"),
+    ]
 
 
 def test_a_leader_stops_its_work_when_another_rank_is_gone(tmp_path: Path) -> None:
