@@ -80,6 +80,7 @@ def run(config: RunConfig) -> EvaluationResult:
                 {one.name: one.prompts for one in data.eval},
                 config.evaluation,
                 max_response_length=config.rollout.max_response_length,
+                samples={name: one.samples for name, one in config.data.eval.items()},
                 max_concurrent_sequences=config.rollout.max_concurrent_sequences * config.rollout.num_servers,
                 progress=config.logger.progress,
             )

@@ -121,6 +121,7 @@ class DataSetConfig:
     seed: int = 0
     max_digits: int = 4
     max_problems: int = 0  # keep the first n after removing repeats; 0 = all
+    samples: int = 0  # of an evaluation set: k of its avg@k; 0 = evaluation.samples
     streaming: bool = False  # on the hub: read without storing; files are always streamed
 
 
@@ -294,7 +295,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         *_check_optimizer(config.optimizer),
         *_check_rollout(config),
         *_check_data(config),
-        *_check_evaluation(config.evaluation),
+        *_check_evaluation(config),
         *_check_model(config, world_size),
     ]
     _refuse(problems)
@@ -302,7 +303,7 @@ def validate(config: RunConfig, world_size: int) -> None:
 
 def validate_evaluation(config: RunConfig, world_size: int) -> None:
     """The same for examples/evaluate.py, which trains nothing and is one process."""
-    problems = [*_check_evaluation(config.evaluation), *_check_lengths(config), *_check_folder(config.model)]
+    problems = [*_check_evaluation(config), *_check_lengths(config), *_check_folder(config.model)]
     if not config.data.eval:
         problems.append(
             "data.eval is empty; choose sets (benchmark=[aime24,math500]) or name one: "
@@ -408,15 +409,16 @@ def _check_data(config: RunConfig) -> Iterator[str]:
         yield f"evaluation.every={config.evaluation.every} but data.eval is empty; name a set, or set it to 0"
 
 
-def _check_evaluation(e: EvaluationConfig) -> Iterator[str]:
-    if e.samples < 1:
-        yield f"evaluation.samples={e.samples} must be at least 1"
+def _check_evaluation(config: RunConfig) -> Iterator[str]:
+    e = config.evaluation
+    counts = {"evaluation": e.samples} | {f"data.eval.{k}": v.samples for k, v in config.data.eval.items() if v.samples}
     if e.temperature < 0:
         yield f"evaluation.temperature={e.temperature} must not be negative"
-    if e.temperature == 0 and e.samples > 1:
-        yield (
-            f"evaluation.samples={e.samples} with temperature=0 copies one greedy answer; set samples=1, or a temperature"
-        )
+    for name, samples in counts.items():
+        if samples < 1:
+            yield f"{name}.samples={samples} must be at least 1"
+        if e.temperature == 0 and samples > 1:
+            yield f"{name}.samples={samples} with evaluation.temperature=0 copies one greedy answer: set 1 or a temperature"
 
 
 def _check_folder(model: ModelConfig) -> Iterator[str]:

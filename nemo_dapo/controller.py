@@ -134,6 +134,7 @@ class Controller:
             self.eval_sets,
             self.config.evaluation,
             max_response_length=rollout.max_response_length,
+            samples={name: one.samples for name, one in self.config.data.eval.items()},
             max_concurrent_sequences=rollout.max_concurrent_sequences * rollout.num_servers,
             progress=not self._no_bar(),
         )

@@ -210,12 +210,14 @@ async def evaluate(
     config: EvaluationConfig,
     *,
     max_response_length: int,
+    samples: Mapping[str, int] | None = None,
     max_concurrent_sequences: int = 1024,
     progress: bool = True,
 ) -> EvaluationResult:
     """Samples and judges every problem of `sets` (name -> prompts).
 
-    `max_response_length` (tokens) holds where the config's is 0. At most `max_concurrent_sequences` responses are in
+    `samples` (name -> n) holds where it names a set with n > 0, else the config's; `max_response_length` (tokens) where the
+    config's is 0. At most `max_concurrent_sequences` responses are in
     flight. Deadlines are the engine's and the rewarder's; the first error of theirs stops the rest and is raised.
     """
     if config.samples < 1:
@@ -227,20 +229,21 @@ async def evaluate(
         max_tokens=config.max_response_length or max_response_length,
     )
 
-    gate = asyncio.Semaphore(max(1, max_concurrent_sequences // config.samples))
+    counts = {name: (samples or {}).get(name) or config.samples for name in sets}
+    gate = asyncio.Semaphore(max(1, max_concurrent_sequences // max(counts.values(), default=1)))
     bar = tqdm(total=sum(map(len, sets.values())), desc="eval", unit="problem", disable=not progress, leave=False)
 
     async def one(name: str, prompt: Prompt) -> ProblemResult:
         async with gate:
-            samples = await engine.generate(prompt, config.samples, params)
-            verdicts = await rewarder.score(prompt, samples)
+            drawn = await engine.generate(prompt, counts[name], params)
+            verdicts = await rewarder.score(prompt, drawn)
         bar.update()
-        return problem_result(name, prompt, samples, verdicts, keep_responses=config.save_responses)
+        return problem_result(name, prompt, drawn, verdicts, keep_responses=config.save_responses)
 
     with bar:
         results = await _all([one(name, prompt) for name, prompts in sets.items() for prompt in prompts])
     return EvaluationResult(
-        {name: summarise(name, [r for r in results if r.set == name], config.samples) for name in sets}, results
+        {name: summarise(name, [r for r in results if r.set == name], counts[name]) for name in sets}, results
     )
 
 

@@ -106,7 +106,7 @@ def test_benchmarks_join_the_sets_that_are_named_otherwise() -> None:
     [
         ([], 1, "data.eval is empty; choose sets (benchmark=[aime24,math500])"),
         (["benchmark=[aime24]"], 2, "2 ranks were started; start it without torchrun"),
-        (["benchmark=[aime24]", "evaluation.temperature=0"], 1, "evaluation.samples=32 with temperature=0"),
+        (["benchmark=[aime24]", "evaluation.temperature=0"], 1, "evaluation.samples=32 with evaluation.temperature=0"),
         (["benchmark=[aime24]", "evaluation.checkpoint=nowhere"], 1, "evaluation.checkpoint='nowhere' has no folder"),
         (["benchmark=[aime24]", "model.path=nowhere"], 1, "model.path='nowhere' has no config.json"),
     ],
@@ -206,7 +206,11 @@ CONTRADICTIONS = {
     "evaluation too cold": (["evaluation.temperature=-1"], ["evaluation.temperature=-1", "not be negative"]),
     "evaluation of copies": (
         ["evaluation.temperature=0", "evaluation.samples=4"],
-        ["evaluation.samples=4", "temperature=0", "set samples=1"],
+        ["evaluation.samples=4", "evaluation.temperature=0", "set 1 or a temperature"],
+    ),
+    "evaluation of copies, one set": (
+        ["evaluation.temperature=0", "evaluation.samples=1", "+data.eval.arithmetic.samples=8"],
+        ["data.eval.arithmetic.samples=8", "evaluation.temperature=0", "set 1 or a temperature"],
     ),
     "no evaluation set": (["~data.eval.arithmetic"], ["evaluation.every=5", "data.eval is empty", "set it to 0"]),
     "no training set": (["~data.train.arithmetic"], ["data.train is empty", "data=gsm8k"]),
@@ -234,7 +238,13 @@ def test_no_check_between_options_is_without_a_test() -> None:
     checks = source[source.index("def _check_algorithm") :]
     complaints = len(re.findall(r"^ +yield (?!from)", checks, re.MULTILINE))
     by_model_sizes = 2  # a size that does not divide, a head that is too small
-    two_cases_one_yield = {"no minibatch", "clip high", "top k", "evaluation length, default"}
+    two_cases_one_yield = {
+        "no minibatch",
+        "clip high",
+        "top k",
+        "evaluation length, default",
+        "evaluation of copies, one set",
+    }
     assert complaints == len(CONTRADICTIONS.keys() - two_cases_one_yield) + by_model_sizes
 
 

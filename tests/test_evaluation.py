@@ -229,6 +229,19 @@ def test_several_sets_are_evaluated_in_one_go_within_the_concurrency_bound(tmp_p
     assert (rows[-1]["uid"], rows[-1]["avg"], rows[-1]["responses"]) == ("33", 0.0, ["33"] * 4)
 
 
+def test_a_set_may_have_a_number_of_samples_of_its_own() -> None:
+    engine, config = FakeEngine(), EvaluationConfig(samples=4)
+    run = evaluate(
+        engine, FakeRewarder(), SETS, config, max_response_length=8, samples={"seven": 2, "mixed": 0},
+        max_concurrent_sequences=8, progress=False,
+    )  # fmt: skip
+    outcome = asyncio.run(run)
+    assert (outcome.sets["seven"].samples, outcome.sets["mixed"].samples) == (2, 4)
+    assert {"seven/avg@2", "mixed/avg@4", "mixed/pass@4"} <= outcome.metrics().keys()
+    assert [len(problem.correct) for problem in outcome.problems] == [2] * 10 + [4] * 2
+    assert engine.most == 2  # the largest number bounds how many problems are under way
+
+
 def test_the_first_error_stops_the_evaluation_and_is_raised() -> None:
     engine = FakeEngine(fail_on="33")
     sets = {"s": [prompt("33")] + [prompt("7")] * 50}
