@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,7 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "evaluate.yaml"
 
 def check(config: RunConfig) -> None:
     """Raises ValueError for options that contradict each other, or where a model or a set to evaluate is missing."""
-    schema.validate_evaluation(config, int(os.environ.get("WORLD_SIZE", "1")))
+    schema.validate_evaluation(config, entry.world_size())
     if config.evaluation.checkpoint:
         entry.require("megatron.core", "megatron.bridge")
 

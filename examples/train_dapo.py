@@ -112,7 +112,7 @@ def make_sinks(config: RunConfig, run_dir: Path, resumed: int | None) -> Any:
 
 def check(config: RunConfig) -> None:
     """Raises ValueError for options that contradict each other, the model or the number of ranks."""
-    schema.validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    schema.validate(config, entry.world_size())
 
 
 def prepare(cfg: DictConfig) -> RunConfig:

@@ -109,6 +109,11 @@ def is_rank_zero() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def world_size() -> int:
+    """How many ranks the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def composed(config: Path, arguments: list[str]) -> RunConfig | None:
     """The typed options of a command line; None where it asks Hydra for something other than one run of `config`.
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
@@ -31,6 +30,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nemo_dapo.config import EvaluationConfig
+from nemo_dapo.files import replacing
 from nemo_dapo.interfaces import Rewarder, RolloutEngine
 from nemo_dapo.types import Prompt, Sample, SamplingParams, Verdict
 
@@ -126,12 +126,9 @@ class EvaluationResult:
 
     def write_jsonl(self, path: Path) -> None:
         """One problem a line, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as file:
             for result in self.problems:
                 file.write(json.dumps(_jsonl_row(result), ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -27,6 +27,9 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+import torch
+
+from nemo_dapo.algorithm import is_informative
 from nemo_dapo.interfaces import PromptLoader, Rewarder, RolloutEngine
 from nemo_dapo.types import Group, Prompt, Sample, SamplingParams
 
@@ -128,10 +131,8 @@ def judge(group: Group, *, dynamic_sampling: bool) -> DropReason | None:
         return DropReason.aborted
     if group.num_errors:
         return DropReason.verifier_error
-    if dynamic_sampling and group.num_correct == 0:
-        return DropReason.all_wrong
-    if dynamic_sampling and group.num_correct == len(group.samples):
-        return DropReason.all_right
+    if dynamic_sampling and not is_informative(torch.tensor([verdict.correct for verdict in group.verdicts])):
+        return DropReason.all_right if group.num_correct else DropReason.all_wrong
     return None
 
 

@@ -452,14 +452,21 @@ def sharded_scores(job: Job) -> dict[str, Any]:
         logprobs, entropy = score_targets(
             hidden, shard, targets, group=dist.group.WORLD, vocab_size=vocab_size, temperature=0.7
         )
-        score_objective(logprobs, entropy).backward()
-        out[name] = {
-            "logprobs": logprobs.detach(),
-            "entropy": entropy.detach(),
-            "grad_hidden": hidden.grad,
-            "grad_weight": shard.grad,
-        }
+        out[name] = with_gradients(logprobs, entropy, hidden, shard)
     return out
+
+
+def with_gradients(logprobs: Tensor, entropy: Tensor, hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """Scores [T], and the gradients of `score_objective` in what they were computed from."""
+    score_objective(logprobs, entropy).backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return {
+        "logprobs": logprobs.detach(),
+        "entropy": entropy.detach(),
+        "grad_hidden": hidden.grad,
+        "grad_weight": weight.grad,
+    }
 
 
 def score_inputs(vocab_size: int, *, rows: int, tokens: int = 23, hidden: int = 16) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ from tests.policy_scenarios import (
     every_next_token,
     make_train_batch,
     score_inputs,
-    score_objective,
+    with_gradients,
 )
 
 # Two float32 implementations of a two-layer model; 1e-5 nats were seen, rotary positions at the wrong base give 0.1.
@@ -129,15 +129,7 @@ def reference(vocab_size: int, rows: int, temperature: float = 0.7) -> dict[str,
     scores = torch.log_softmax(hidden @ weight[:vocab_size].T / temperature, -1)
     logprobs = scores.gather(-1, targets[:, None])[:, 0]
     entropy = -(scores.exp() * scores).sum(-1)
-    score_objective(logprobs, entropy).backward()
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    return {
-        "logprobs": logprobs.detach(),
-        "entropy": entropy.detach(),
-        "grad_hidden": hidden.grad,
-        "grad_weight": weight.grad,
-    }
+    return with_gradients(logprobs, entropy, hidden, weight)
 
 
 def scored(group: dist.ProcessGroup, vocab_size: int, rows: int, temperature: float = 0.7) -> dict[str, Tensor]:
@@ -147,15 +139,7 @@ def scored(group: dist.ProcessGroup, vocab_size: int, rows: int, temperature: fl
     logprobs, entropy = score_targets(
         hidden, weight, targets, group=group, vocab_size=vocab_size, temperature=temperature
     )
-    score_objective(logprobs, entropy).backward()
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    return {
-        "logprobs": logprobs.detach(),
-        "entropy": entropy.detach(),
-        "grad_hidden": hidden.grad,
-        "grad_weight": weight.grad,
-    }
+    return with_gradients(logprobs, entropy, hidden, weight)
 
 
 def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

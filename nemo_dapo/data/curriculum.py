@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_dapo.files import replacing
 from nemo_dapo.types import Prompt
 
 MIN_HISTORY = 4  # visits remembered, at least
@@ -76,17 +76,16 @@ class Curriculum:
         """One row a visited problem to `path` (.jsonl or .parquet), whole or not at all; `prompts` add text and source."""
         texts = {prompt.uid: (prompt.source, prompt.problem) for prompt in prompts}
         rows = [_row(uid, stats, *texts.get(uid, ("", ""))) for uid, stats in self.statistics.items()]
-        temporary = path.with_name(path.name + ".tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".parquet":
-            _write_parquet(rows, temporary)
-        elif path.suffix == ".jsonl":
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        else:
+        if path.suffix not in (".jsonl", ".parquet"):
             raise ValueError(
                 f"cannot export solve statistics to {str(path)!r}: the name must end in .jsonl or .parquet"
             )
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            if path.suffix == ".parquet":
+                _write_parquet(rows, temporary)
+            else:
+                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def _row(uid: str, stats: SolveStatistics, source: str, problem: str) -> dict[str, Any]:

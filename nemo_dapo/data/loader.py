@@ -31,11 +31,6 @@ class PromptLoader:
         self._warned: set[str] = set()
 
     @property
-    def consumed(self) -> int:
-        """Prompts handed out since the start of the run."""
-        return sum(self._drawn)
-
-    @property
     def skipped(self) -> int:
         """Prompts passed over as solved since the start of the run."""
         return sum(cursor.skipped for cursor in self._cursors)
@@ -44,10 +39,6 @@ class PromptLoader:
     def epoch(self) -> int:
         """Full passes over the set with the fewest."""
         return min(cursor.epoch for cursor in self._cursors)
-
-    @property
-    def num_prompts(self) -> int:
-        return sum(len(chosen.prompts) for chosen in self.sets)
 
     def next(self) -> Prompt:
         """The next prompt; when a set's problems are all solved it serves them all, and says so once."""

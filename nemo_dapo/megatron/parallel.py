@@ -57,10 +57,6 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def world_size_from_environment() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _default_to_one_process() -> None:
     if "RANK" in os.environ:
         return

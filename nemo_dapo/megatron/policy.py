@@ -38,7 +38,7 @@ from nemo_dapo.config import DecayStyle, ModelConfig, OptimizerConfig, ParallelC
 from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
 from nemo_dapo.megatron import checkpoint, weights
 from nemo_dapo.megatron.logprobs import score_targets
-from nemo_dapo.megatron.parallel import control_group, device
+from nemo_dapo.megatron.parallel import device
 from nemo_dapo.telemetry.metrics import Max, Mean, Metric
 from nemo_dapo.types import TrainBatch
 
@@ -64,7 +64,6 @@ class MegatronPolicy:
         self.bridge = weights.load_bridge(model.path)
         self.provider = weights.make_provider(self.bridge, model, parallel)
         self.vocab_size = int(self.bridge.hf_pretrained.config.vocab_size)
-        self.control = control_group(parallel.timeout_minutes)
         self.model = self._build(trainable=True)
         self.reference = self._build(trainable=False) if with_reference else None
         checkpoint.keep_bucket_padding(self.model)
@@ -311,7 +310,7 @@ class MegatronPolicy:
         sequences = {int(s) for sequence, bad in self.bad_tokens for s in sequence[bad].tolist()}
         mine = (bool(self.local_gradient_finite), sorted(sequences))
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine, group=self.control)
+        dist.all_gather_object(everyone, mine)
         ranks = [rank for rank, (finite, _) in enumerate(everyone) if not finite]
         return ranks, sorted(set(itertools.chain.from_iterable(found for _, found in everyone)))
 

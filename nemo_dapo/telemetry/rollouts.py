@@ -5,7 +5,6 @@ One row a sample, in submission order; N groups of G samples, advantages and rew
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nemo_dapo.files import replacing
 from nemo_dapo.types import Group, Sample
 
 SCHEMA = pa.schema(
@@ -69,13 +69,15 @@ def write_rollouts(
         raise ValueError(
             f"{len(groups)} groups need as many rows of rewards and advantages, got {len(rewards)} and {len(advantages)}"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     tables = (_table(step, *row) for row in zip(groups, rewards, advantages, strict=True))
     # Parquet's footer grows by some kB a row group: a 32nd of the bound, and 64 kB, are kept for it.
     budget = max_mb * 2**20 * 31 // 32 - 2**16
     written = 0
-    with open(temporary, "wb") as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as file,
+        pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer,
+    ):
         for chunk in _chunks(tables):
             # Compression never makes a chunk larger than it is in memory, so this cannot overshoot.
             fitting = _fitting(chunk, budget - file.tell())
@@ -84,7 +86,6 @@ def write_rollouts(
             written += len(fitting)
             if len(fitting) < len(chunk):
                 break
-    os.replace(temporary, path)
     return RolloutDump(path, written, len(groups) - written)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any, Protocol
+
+from nemo_dapo.files import replacing
 
 
 class Sink(Protocol):
@@ -70,9 +71,8 @@ def keep_steps(path: Path, last_step: int) -> None:
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     kept = [line for number, line in enumerate(lines, 1) if _step_of(line, f"{path}, line {number}") <= last_step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def _step_of(line: str, where: str) -> int:
