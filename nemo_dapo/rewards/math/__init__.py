@@ -9,7 +9,10 @@ from collections.abc import Sequence
 
 from nemo_dapo.rewards.compare import equal
 from nemo_dapo.rewards.extract import MAX_ANSWER, find_answer
+from nemo_dapo.rewards.math.canonical import canonical
 from nemo_dapo.types import Verdict
+
+__all__ = ["canonical", "verify"]
 
 _SHOWN = 200  # characters of an answer that a verdict keeps
 
