@@ -196,7 +196,7 @@ def kill_the_job(job: Job) -> tuple[set[str], Path]:
     """SIGKILL to torchrun and every rank at once; what they had started is on its own. Returns that, and its scratch."""
     ours = [p for p in job.alive() if SCRIPT in command_line(p)]
     others = {p: command_line(p) for p in job.alive() if p not in ours}
-    roles = {"server": "vllm.entrypoints", "guardian": "guardian.py", "worker": "nemo_dapo.rewards.worker"}
+    roles = {"server": "vllm.entrypoints", "guardian": "guardian.py", "worker": "nemo_dapo.rewards.pool.worker"}
     seen = {role for role, text in roles.items() if any(text in " ".join(line) for line in others.values())}
     guardian = next(line for line in others.values() if any(part.endswith("guardian.py") for part in line))
     assert len(ours) == 3, f"torchrun and two ranks, got {[command_line(p) for p in ours]}"

@@ -1,4 +1,4 @@
-"""The child process that runs reward functions: `python -m nemo_dapo.rewards.worker`, JSON lines in and out.
+"""The child process that runs reward functions: `python -m nemo_dapo.rewards.pool.worker`, JSON lines in and out.
 
     first line in    {"function", "answer_patterns", "timeout", "memory_mb", "extra", "correct", "incorrect", "parent",
                       "warm"}

@@ -27,14 +27,14 @@ class ItemTimeoutError(WorkerLostError):
 
 
 class WorkerProcess:
-    """A `nemo_dapo.rewards.worker` in a session of its own, ready once `wait_ready` has returned."""
+    """A `nemo_dapo.rewards.pool.worker` in a session of its own, ready once `wait_ready` has returned."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         # The same import path as here: the user's function may lie beside the script that was started.
         path = os.pathsep.join([os.getcwd() if entry == "" else entry for entry in sys.path])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "nemo_dapo.rewards.worker"],
+            [sys.executable, "-m", "nemo_dapo.rewards.pool.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

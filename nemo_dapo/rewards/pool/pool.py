@@ -18,13 +18,16 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from nemo_dapo.config import RewardConfig, RewardStyle
 from nemo_dapo.rewards.extract import MAX_TAIL
-from nemo_dapo.rewards.process import ItemTimeoutError, WorkerLostError, WorkerProcess
+from nemo_dapo.rewards.pool.process import ItemTimeoutError, WorkerLostError, WorkerProcess
 from nemo_dapo.types import Prompt, Sample, Verdict
 
-VERIFIERS = {RewardStyle.math: "nemo_dapo.rewards.math:verify", RewardStyle.dapo: "nemo_dapo.rewards.math_dapo:verify"}
+if TYPE_CHECKING:
+    from nemo_dapo.config import RewardConfig
+
+VERIFIERS = {"math": "nemo_dapo.rewards.math:verify", "dapo": "nemo_dapo.rewards.math_dapo:verify"}  # by reward.style
 START_TIMEOUT = 180.0  # seconds until all workers must be ready: sympy's import costs 2 s of a core each
 _MAX_UNITS = 32  # in one message
 _MAX_CHARACTERS = 1 << 21  # in one message
@@ -81,7 +84,7 @@ class RewardPool:
         self._setup = {
             "function": function, "answer_patterns": list(answer_patterns), "timeout": timeout, "memory_mb": memory_mb,
             "extra": [list(term) for term in extra], "correct": correct, "incorrect": incorrect,
-            "warm": function == VERIFIERS[RewardStyle.math],
+            "warm": function == VERIFIERS["math"],
         }  # fmt: skip
         self._tail = MAX_TAIL if function in VERIFIERS.values() and not extra else None
         self._gate = _Gate(workers * _PENDING_PER_WORKER)
@@ -97,7 +100,7 @@ class RewardPool:
     def from_config(cls, config: RewardConfig) -> RewardPool:
         """The pool that `config` asks for."""
         return cls(
-            config.function or VERIFIERS[config.style],
+            config.function or VERIFIERS[config.style.value],
             workers=config.workers,
             timeout=config.timeout,
             memory_mb=config.memory_mb,

@@ -1,0 +1,10 @@
+"""Verdicts from killable child processes.
+
+    pool (trainer process: lanes, limits, blame) -> process (one worker, as its parent sees it) -> worker (the child)
+
+A worker imports this package too: nothing here may need torch or Hydra.
+"""
+
+from nemo_dapo.rewards.pool.pool import RewardPool
+
+__all__ = ["RewardPool"]
