@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 8 examples/train_dapo.py experiment=<name> key=value …
 
 Without torchrun the same script trains with one rank. `--cfg job` prints the resolved configuration; options and their
-meaning are in nemo_dapo/config.py, experiments in conf/experiment/.
+meaning are in nemo_dapo/config/schema.py, experiments in conf/experiment/.
 """
 
 from __future__ import annotations

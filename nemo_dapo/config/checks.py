@@ -1,0 +1,219 @@
+"""The checks of a typed configuration before anything starts: ranges, options against each other, the model's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_dapo.config.ranges import out_of_range
+from nemo_dapo.config.schema import (
+    LAST_PORT,
+    AlgorithmConfig,
+    DecayStyle,
+    ModelConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RunConfig,
+)
+
+MIN_CPU_HEAD_SIZE = 32  # vllm.v1.attention.backends.cpu_attn: get_supported_head_sizes
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Check every number's range, then the options against each other, the model's folder and the number of ranks.
+
+    Raises one ValueError that lists all that was found: value, expectation, remedy. Reads the model's `config.json` alone.
+    """
+    _refuse(out_of_range(config))  # first: what follows divides by some of these numbers
+    _refuse(
+        [
+            *_check_run(config),
+            *_check_algorithm(config.algorithm),
+            *_check_lengths(config),
+            *_check_optimizer(config.optimizer),
+            *_check_rollout(config),
+            *_check_reward(config.reward),
+            *_check_data(config),
+            *_check_evaluation(config),
+            *_check_model(config, world_size),
+        ]
+    )
+
+
+def validate_evaluation(config: RunConfig, world_size: int) -> None:
+    """The same for examples/evaluate.py, which trains nothing and is one process."""
+    _refuse(out_of_range(config))
+    problems = [
+        *_check_run(config),
+        *_check_evaluation(config),
+        *_check_lengths(config),
+        *_check_folder(config.model),
+    ]
+    if not config.data.eval:
+        problems.append(
+            "data.eval is empty; choose sets (benchmark=[aime24,math500]) or name one: "
+            "+data.eval.mine={format: columns, path: …}"
+        )
+    if world_size > 1:
+        problems.append(
+            f"{world_size} ranks were started; start it without torchrun: rollout.num_servers=N serves faster"
+        )
+    chosen = config.evaluation.checkpoint
+    if chosen and not (Path(chosen) / "policy").is_dir():
+        problems.append(
+            f"evaluation.checkpoint={chosen!r} has no folder policy/; name one of runs/<name>/checkpoints/step_*"
+        )
+    _refuse(problems)
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    lines = [f"\n  - {problem}" for problem in problems]
+    if lines:
+        raise ValueError("configuration:" + "".join(lines))
+
+
+def _check_run(config: RunConfig) -> Iterator[str]:
+    if not config.name.strip():
+        yield f"name={config.name!r} must not be empty: it names the run's folder; set name=my-run"
+    if not config.output_dir.strip():
+        yield f"output_dir={config.output_dir!r} must not be empty: the run writes there; leave it out for runs/<name>"
+
+
+def _check_algorithm(a: AlgorithmConfig) -> Iterator[str]:
+    size = a.prompts_per_step * a.group_size
+    if size % a.minibatch_size:
+        yield (
+            f"algorithm.minibatch_size={a.minibatch_size} must divide prompts_per_step * group_size = "
+            f"{a.prompts_per_step} * {a.group_size} = {size}"
+        )
+
+
+def _check_lengths(config: RunConfig) -> Iterator[str]:
+    rollout, overlong = config.rollout, config.reward.overlong
+    longest = rollout.max_prompt_length + rollout.max_response_length
+    if config.trainer.tokens_per_microbatch < longest:
+        yield (
+            f"trainer.tokens_per_microbatch={config.trainer.tokens_per_microbatch} must hold one sequence: "
+            f"max_prompt_length + max_response_length = {longest}"
+        )
+    if overlong.buffer > rollout.max_response_length:
+        yield (
+            f"reward.overlong.buffer={overlong.buffer} must not exceed rollout.max_response_length="
+            f"{rollout.max_response_length}; set it to 0 for no penalty"
+        )
+    limit = rollout.vllm.get("max_model_len") or longest
+    if not isinstance(limit, int):
+        yield f"rollout.vllm.max_model_len={limit!r} must be a whole number of tokens, such as {longest}"
+        return
+    if limit < longest:
+        yield f"rollout.vllm.max_model_len={limit} must hold max_prompt_length + max_response_length = {longest}"
+    evaluated = rollout.max_prompt_length + config.evaluation.max_response_length
+    if evaluated > limit:
+        yield (
+            f"evaluation.max_response_length={config.evaluation.max_response_length} with max_prompt_length="
+            f"{rollout.max_prompt_length} must fit the servers' {limit} tokens; lower it, or set "
+            f"rollout.vllm.max_model_len={evaluated}"
+        )
+
+
+def _check_optimizer(o: OptimizerConfig) -> Iterator[str]:
+    if o.decay_style is not DecayStyle.constant and o.decay_steps <= o.warmup_steps:
+        yield (
+            f"optimizer.decay_steps={o.decay_steps} must exceed warmup_steps={o.warmup_steps} for "
+            f"decay_style={o.decay_style.value}; it counts optimizer steps from the start"
+        )
+    if o.min_lr > o.lr:
+        yield f"optimizer.min_lr={o.min_lr} must not exceed optimizer.lr={o.lr}"
+
+
+def _check_rollout(config: RunConfig) -> Iterator[str]:
+    r = config.rollout
+    if (r.top_p < 1 or r.top_k > 0) and not config.algorithm.importance_cap:
+        yield (
+            f"rollout.top_p={r.top_p}, top_k={r.top_k} cut the distribution that the trainer scores whole; set 1.0 and -1, "
+            "or algorithm.importance_cap to correct for it"
+        )
+    if r.visible_devices and len(r.visible_devices) != r.num_servers:
+        yield f"rollout.visible_devices has {len(r.visible_devices)} entries for num_servers={r.num_servers}; give one each"
+    if r.port and r.port + r.num_servers - 1 > LAST_PORT:
+        yield (
+            f"rollout.port={r.port} leaves no ports for num_servers={r.num_servers}, which count up to {LAST_PORT}; lower "
+            "it, or set it to 0 for free ones"
+        )
+
+
+def _check_reward(r: RewardConfig) -> Iterator[str]:
+    if r.correct <= r.incorrect:
+        yield (
+            f"reward.correct={r.correct} must exceed reward.incorrect={r.incorrect}, or right answers are not preferred; "
+            "the paper's are 1 and -1"
+        )
+
+
+def _check_data(config: RunConfig) -> Iterator[str]:
+    if not config.data.train:
+        yield "data.train is empty; choose a group (data=gsm8k) or name a set: +data.train.mine={format: columns, path: …}"
+    if config.evaluation.every and not config.data.eval:
+        yield f"evaluation.every={config.evaluation.every} but data.eval is empty; name a set, or set it to 0"
+
+
+def _check_evaluation(config: RunConfig) -> Iterator[str]:
+    e = config.evaluation
+    counts = {"evaluation": e.samples} | {f"data.eval.{k}": v.samples for k, v in config.data.eval.items() if v.samples}
+    for name, samples in counts.items():
+        if e.temperature == 0 and samples > 1:
+            yield f"{name}.samples={samples} with evaluation.temperature=0 copies one greedy answer: set 1 or a temperature"
+
+
+def _check_folder(model: ModelConfig) -> Iterator[str]:
+    if not (Path(model.path) / "config.json").is_file():
+        yield (
+            f"model.path={model.path!r} has no config.json; give a Hugging Face model folder "
+            "(for the demo: python examples/demo/prepare.py)"
+        )
+
+
+def _check_model(config: RunConfig, world_size: int) -> Iterator[str]:
+    p = config.parallel
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        yield (
+            f"parallel: {world_size} ranks are no multiple of tensor_model_parallel_size * pipeline_model_parallel_size = "
+            f"{tp} * {pp}; start torchrun with --nproc-per-node (and --nnodes) to match, or change parallel="
+        )
+    if p.sequence_parallel and tp == 1:
+        yield "parallel.sequence_parallel=true splits tokens over tensor-parallel ranks, but there is 1; set it to false"
+    exported = Path(config.output_dir) / "trained"
+    if config.checkpoint.export and Path(config.model.path).resolve() == exported.resolve():
+        yield (
+            f"model.path={config.model.path!r} is where this run writes its trained model; change output_dir (or name), "
+            "or set checkpoint.export=false"
+        )
+    missing = list(_check_folder(config.model))
+    yield from missing
+    if missing:
+        return
+    model = json.loads((Path(config.model.path) / "config.json").read_text())
+    for name, parts, option in (
+        ("num_attention_heads", tp, "tensor"),
+        ("num_key_value_heads", tp, "tensor"),
+        ("vocab_size", tp, "tensor"),
+        ("num_hidden_layers", pp, "pipeline"),
+    ):
+        if model.get(name, 0) % parts:
+            yield f"parallel.{option}_model_parallel_size={parts} does not divide the model's {name}={model[name]}"
+    yield from _check_head_size(model)
+
+
+def _check_head_size(model: dict[str, Any]) -> Iterator[str]:
+    """vLLM's attention on a CPU host has no kernels for smaller heads."""
+    import torch  # here: the schema alone needs no torch
+
+    size = model.get("head_dim") or model.get("hidden_size", 0) // max(model.get("num_attention_heads", 1), 1)
+    if 0 < size < MIN_CPU_HEAD_SIZE and not torch.cuda.is_available():
+        yield (
+            f"model.path: the model's head_dim={size} must be at least {MIN_CPU_HEAD_SIZE} for vLLM on a host without "
+            "CUDA: take a model with fewer, larger heads"
+        )

@@ -1,0 +1,240 @@
+"""The schema of a run: every option, its type, its default, its range and, in the comment beside it, its meaning.
+
+The defaults are the paper's (arXiv 2503.14476, section 4.1) and the public recipe's. YAML under `conf/` holds deltas.
+Megatron-core's and vLLM's own options pass through `model.megatron` and `rollout.vllm` by their upstream names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from nemo_dapo.config.ranges import number
+
+A_YEAR = 365 * 24 * 3600.0  # seconds; clocks and timers overflow not far above
+LAST_PORT = 65535
+MIN_TEMPERATURE = 0.01  # vllm.sampling_params raises a smaller one to this, and the trainer would score another
+
+
+class Precision(Enum):
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class DecayStyle(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class KLEstimator(Enum):
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class RewardStyle(Enum):
+    math = "math"
+    dapo = "dapo"
+
+
+class Resume(Enum):
+    auto = "auto"
+    never = "never"
+
+
+class DataFormat(Enum):
+    arithmetic = "arithmetic"
+    dapo_math = "dapo_math"
+    gsm8k = "gsm8k"
+    columns = "columns"
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING  # a Hugging Face directory: config.json, *.safetensors, tokenizer
+    precision: Precision = Precision.bf16  # of weights and activations, in the trainer and in vLLM
+    megatron: dict[str, Any] = field(default_factory=dict)  # fields of Megatron-core's TransformerConfig
+
+
+@dataclass
+class ParallelConfig:
+    tensor_model_parallel_size: int = number(1, at_least=1)  # ranks that share each layer
+    pipeline_model_parallel_size: int = number(1, at_least=1)  # ranks that the layers are dealt to
+    sequence_parallel: bool = False  # splits the tokens of norms and dropout over the tensor-parallel ranks
+    timeout_minutes: float = number(30.0, above=0, at_most=A_YEAR / 60)  # of one collective between trainer ranks
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = number(1e-6, above=0, at_most=1)  # learning rate of AdamW, after the warm-up
+    min_lr: float = number(0.0, at_least=0, at_most=1)  # where the decay ends
+    weight_decay: float = number(0.1, at_least=0, at_most=1)  # decoupled, of matrices
+    clip_grad: float = number(1.0, at_least=0)  # norm that the whole gradient is scaled down to; 0 = none
+    adam_beta1: float = number(0.9, at_least=0, below=1)  # decay of the gradient's running mean
+    adam_beta2: float = number(0.999, at_least=0, below=1)  # decay of the squared gradient's running mean
+    adam_eps: float = number(1e-8, above=0, below=1)  # added to the denominator
+    warmup_steps: int = number(160, at_least=0)  # optimizer steps: the public recipe's 10 rollout steps x 16 updates
+    decay_steps: int = number(0, at_least=0)  # optimizer steps from the start to `min_lr`; 0 = never decays
+    decay_style: DecayStyle = DecayStyle.constant  # of the learning rate after the warm-up
+    max_refused_updates: int = number(3, at_least=1)  # non-finite gradients in a row after which the run stops
+
+
+@dataclass
+class RolloutConfig:
+    python: str = ""  # interpreter with vLLM; empty = this one
+    num_servers: int = number(1, at_least=1)  # vLLM servers on this host
+    host: str = "127.0.0.1"  # the servers listen here
+    port: int = number(0, at_least=1, at_most=LAST_PORT, also=(0,))  # of the first server; 0 = a free one
+    api_key: str = ""  # needed when `host` is not loopback; empty = a random one a run
+    visible_devices: list[str] = field(default_factory=list)  # CUDA_VISIBLE_DEVICES, one entry a server
+    # of the samples trained on
+    temperature: float = number(1.0, at_least=MIN_TEMPERATURE, at_most=100, why="colder samples are all the same")
+    top_p: float = number(1.0, above=0, at_most=1)  # keep only the likeliest tokens that hold this much probability
+    top_k: int = number(-1, at_least=1, also=(-1, 0))  # keep only the k likeliest tokens; -1 or 0 = all
+    max_prompt_length: int = number(2048, at_least=1)  # tokens; longer prompts are dropped and counted
+    max_response_length: int = number(20480, at_least=1)  # tokens; longer responses are cut
+    max_concurrent_sequences: int = number(1024, at_least=1)  # in flight on one server
+    start_timeout: float = number(900.0, above=0, at_most=A_YEAR)  # seconds until a server must be healthy
+    request_timeout: float = number(3600.0, above=0, at_most=A_YEAR)  # seconds for one group of samples
+    sync_timeout: float = number(600.0, above=0, at_most=A_YEAR)  # seconds for one weight update
+    max_logprob_gap: float = number(0.05, above=0)  # mean |trainer - vLLM|; a larger one at step 0 refuses to train
+    vllm: dict[str, Any] = field(default_factory=dict)  # engine arguments of `vllm serve`, by their long names
+
+
+@dataclass
+class DataSetConfig:
+    format: DataFormat = MISSING  # how a row becomes a problem
+    path: str = ""  # file or pattern of files (.parquet, .jsonl), or name on the hub when `hub` is true
+    hub: bool = False  # read from the Hugging Face hub
+    subset: str = ""  # on the hub: configuration of the data set, such as `main` of openai/gsm8k
+    split: str = "train"  # on the hub; and of arithmetic: train, or eval for the problems held out of any training
+    weight: float = number(1.0, above=0)  # share of the draws in a mixture, whatever the sizes
+    # of format=columns: which column holds problem and answer, and source; other keys become metadata; a dot reaches into a
+    # nested column (reward_model.ground_truth)
+    columns: dict[str, str] = field(default_factory=dict)
+    num_problems: int = number(0, at_least=0)  # of format=arithmetic: how many are generated
+    seed: int = number(0, at_least=0)  # of format=arithmetic
+    max_digits: int = number(4, at_least=1)  # of format=arithmetic: of each summand
+    max_problems: int = number(0, at_least=0)  # keep the first n after removing repeats; 0 = all
+    samples: int = number(0, at_least=0)  # of an evaluation set: k of its avg@k; 0 = evaluation.samples
+    streaming: bool = False  # on the hub: read without storing; files are always streamed
+
+
+@dataclass
+class DataConfig:
+    train: dict[str, DataSetConfig] = field(default_factory=dict)  # training sets, each under a name of your own
+    eval: dict[str, DataSetConfig] = field(default_factory=dict)  # evaluation sets, each under a name of your own
+    template: str = "dapo"  # a name in nemo_dapo.data.template, or text with {problem}
+    system_prompt: str = ""  # before each problem that brings none
+    use_chat_template: bool = True  # the tokenizer's; without one, or with false, the turns stand one after another
+    chat_template_options: dict[str, Any] = field(default_factory=dict)  # such as enable_thinking: false
+    exclude_eval: bool = True  # training drops, and counts, the problems of the evaluation sets
+    # curriculum: a problem answered all right in its last k visits is skipped; 0 = never
+    skip_solved_visits: int = number(0, at_least=0)
+
+
+@dataclass
+class OverlongConfig:
+    buffer: int = number(4096, at_least=0)  # tokens before max_response_length over which the penalty grows; 0 = none
+    factor: float = number(1.0, at_least=0)  # the penalty at max_response_length
+
+
+@dataclass
+class RewardTermConfig:
+    function: str = MISSING  # package.module:name, or the http(s) address of a reward service
+    weight: float = number(1.0)  # of its score in the sum; below 0 punishes
+
+
+@dataclass
+class RewardConfig:
+    style: RewardStyle = (
+        RewardStyle.math
+    )  # math judges mathematically; dapo is the public recipe's strict `Answer:` rule
+    function: str = ""  # package.module:name instead of the style's verifier; decides `correct`
+    extra: dict[str, RewardTermConfig] = field(default_factory=dict)  # add to the score, never to the verdict
+    correct: float = number(1.0)  # score of a right answer
+    incorrect: float = number(-1.0)  # score of a wrong answer
+    overlong: OverlongConfig = field(default_factory=OverlongConfig)
+    answer_patterns: list[str] = field(default_factory=list)  # regular expressions with one group; empty = built in
+    workers: int = number(8, at_least=1)  # processes that judge answers
+    timeout: float = number(10.0, above=0, at_most=A_YEAR)  # seconds an item
+    memory_mb: int = number(2048, at_least=0, at_most=2**40)  # a worker's address space; 0 = unlimited
+
+
+@dataclass
+class AlgorithmConfig:
+    prompts_per_step: int = number(512, at_least=1)  # N
+    group_size: int = number(16, at_least=2, why="Eq. 9 compares the samples of a group")  # G
+    minibatch_size: int = number(512, at_least=1)  # sequences an optimizer step
+    clip_low: float = number(0.2, above=0, at_most=1)  # the ratio is clipped below at 1 - clip_low
+    clip_high: float = number(0.28, above=0)  # the ratio is clipped above at 1 + clip_high
+    # bound on the ratio where the advantage is negative; null = none
+    dual_clip: float | None = number(None, above=1, why="the public recipe uses 10, or null")
+    normalize_std: bool = True  # divide a group's advantages by their standard deviation (Eq. 9)
+    kl_coeff: float = number(0.0, at_least=0)  # of the divergence from the starting model; the paper has none
+    kl_estimator: KLEstimator = KLEstimator.k3  # of that divergence, a token
+    entropy_coeff: float = number(0.0, at_least=0)  # of a bonus on the policy's entropy
+    # truncated importance sampling of trainer against vLLM probabilities; 0 = off
+    importance_cap: float = number(0.0, at_least=1, also=(0,), why="0 switches the correction off")
+    dynamic_sampling: bool = True  # drop groups that are all right or all wrong and sample others (Eq. 11)
+    # groups sampled a step, at most this many times prompts_per_step
+    max_attempts: float = number(10.0, at_least=1, at_most=1e6)
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: int = number(1000, at_least=1)  # rollout steps
+    tokens_per_microbatch: int = number(22528, at_least=1)  # packed tokens in one micro-batch
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = number(10, at_least=0)  # rollout steps; 0 = only at the end
+    keep: int = number(2, at_least=0)  # newest ones; 0 = all
+    resume: Resume = Resume.auto  # go on from the run's newest checkpoint, or never
+    export: bool = True  # write the trained model as a Hugging Face folder at the end
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = number(10, at_least=0)  # rollout steps; 0 = never
+    at_start: bool = False  # also before the first step
+    samples: int = number(32, at_least=1)  # k of avg@k
+    temperature: float = number(1.0, at_least=MIN_TEMPERATURE, at_most=100, also=(0,))  # 0 = greedy
+    top_p: float = number(0.7, above=0, at_most=1)  # the likeliest tokens that hold this much probability
+    top_k: int = number(-1, at_least=1, also=(-1, 0))  # the k likeliest tokens; -1 or 0 = all
+    max_response_length: int = number(0, at_least=0)  # tokens; 0 = rollout.max_response_length
+    save_responses: bool = False  # into the per-problem JSONL
+    # of examples/evaluate.py: a run's checkpoints/step_*, whose weights replace those of model.path
+    checkpoint: str = ""
+
+
+@dataclass
+class LoggerConfig:
+    tensorboard: bool = True  # event files under the run's folder
+    wandb_project: str = ""  # of Weights & Biases; empty = not used
+    progress: bool = True  # bars on the console
+    rollout_every: int = number(0, at_least=0)  # rollout steps between Parquet dumps of all samples; 0 = none
+    rollout_max_mb: int = number(256, at_least=1)  # bound on one dump
+
+
+@dataclass
+class RunConfig:
+    name: str = "dapo"  # of the run
+    output_dir: str = "runs/${name}"  # everything the run writes; the same folder again resumes it
+    seed: int = number(1234, at_least=0)  # of data order and sampling
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
