@@ -8,6 +8,10 @@ meaning are in nemo_dapo/config/schema.py, experiments in conf/experiment/.
 
 from __future__ import annotations
 
+from nemo_dapo.launcher import end_with_launcher
+
+end_with_launcher()  # before the slow imports: torchrun may die while they run
+
 import asyncio
 import json
 import os
@@ -26,6 +30,7 @@ from nemo_dapo import config as schema
 from nemo_dapo import entry
 from nemo_dapo.config import RunConfig
 from nemo_dapo.entry import is_rank_zero
+from nemo_dapo.redaction import redacted
 
 CONFIG = Path(__file__).resolve().parents[1] / "conf" / "config.yaml"
 
@@ -105,7 +110,7 @@ def make_sinks(config: RunConfig, run_dir: Path, resumed: int | None) -> Any:
     if config.logger.tensorboard:
         sinks.append(TensorBoardSink(run_dir / "tensorboard", resumed_step=resumed))
     if project := config.logger.wandb_project:
-        options = json.loads(json.dumps(asdict(config), default=str))
+        options = redacted(json.loads(json.dumps(asdict(config), default=str)))
         sinks.append(WandbSink(project=project, name=config.name, directory=run_dir, config=options))
     return Sinks(sinks)
 
@@ -122,9 +127,8 @@ def prepare(cfg: DictConfig) -> RunConfig:
     run_dir = Path(config.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if is_rank_zero():
-        shown = OmegaConf.structured(config)
-        shown.rollout.api_key = ""  # a run's folder may be shared
-        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(shown))
+        shown = redacted(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(shown)))
     return config
 
 

@@ -6,16 +6,15 @@ and then once more on the way through NeMo's `hydra_runner`, which calls the scr
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,9 +26,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dapo import config as schema
 from nemo_dapo.config import RunConfig
+from nemo_dapo.lock import RunLock
+from nemo_dapo.redaction import secrets_in
 
 CONSEQUENCE_SECONDS = 60.0  # twice what ending the servers may take
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ENVIRONMENT = "run `make setup` in the checkout and start with .venv/bin/python (see README.md)"
 CONTAINER = "in NVIDIA's NeMo container `pip install --no-deps -r requirements/ngc.txt`"
 INSTALL = {
@@ -53,21 +53,33 @@ def start(
     Before that: `needs`, modules of this interpreter, must be there, and `check` must accept the options. Otherwise rank 0
     says so in a line on standard error, and every rank exits with 2.
     """
-    end_with_launcher()
     schema.register()
-    try:
-        require(*needs)
-        run = composed(config, sys.argv[1:])
-        if run is not None:
-            check(run)
-            require_vllm(run)
-    except ValueError as error:
-        if is_rank_zero():  # every rank found the same
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    from nemo.core.config import hydra_runner
+    with ExitStack() as stack:
+        try:
+            require(*needs)
+            run = composed(config, sys.argv[1:])
+            if run is not None:
+                refuse_secrets(sys.argv[1:])
+                check(run)
+                require_vllm(run)
+                if is_rank_zero():
+                    stack.enter_context(RunLock(Path(run.output_dir)))
+        except ValueError as error:
+            if is_rank_zero():  # every rank found the same, or waits for this one
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        from nemo.core.config import hydra_runner
 
-    hydra_runner(config_path=str(config.parent), config_name=config.stem)(main)()
+        hydra_runner(config_path=str(config.parent), config_name=config.stem)(main)()
+
+
+def refuse_secrets(arguments: list[str]) -> None:
+    """Raises ValueError for a secret on the command line, which every user of the machine can read."""
+    if found := secrets_in(arguments):
+        raise ValueError(
+            f"{', '.join(found)}: a command line is public on its machine; for the servers' key set the variable "
+            "NEMO_DAPO_API_KEY or name a file in rollout.api_key_file, others in a YAML file"
+        )
 
 
 def quiet_libraries() -> None:
@@ -97,12 +109,6 @@ def fail(output_dir: Path | None, error: Exception) -> NoReturn:
     sys.stdout.flush()
     # Not sys.exit: other ranks may sit in a collective that this rank's orderly end would wait for.
     os._exit(2 if output_dir is None else 1)
-
-
-def end_with_launcher() -> None:
-    """Under torchrun, let the kernel end this rank when torchrun dies: killed, it leaves its ranks training on alone."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def is_rank_zero() -> bool:

@@ -219,6 +219,7 @@ CONTRADICTIONS = {
         ["output_dir=runs/x", "model.path=runs/x/trained"],
         ["model.path='runs/x/trained'", "writes its trained model", "checkpoint.export=false"],
     ),
+    "key file": (["rollout.api_key_file=/nowhere"], ["rollout.api_key_file='/nowhere'", "is no file"]),
     "no model": (["model.path=nowhere"], ["model.path='nowhere'", "no config.json", "prepare.py"]),
 }
 

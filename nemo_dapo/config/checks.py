@@ -137,6 +137,8 @@ def _check_rollout(config: RunConfig) -> Iterator[str]:
         )
     if r.visible_devices and len(r.visible_devices) != r.num_servers:
         yield f"rollout.visible_devices has {len(r.visible_devices)} entries for num_servers={r.num_servers}; give one each"
+    if r.api_key_file and not Path(r.api_key_file).is_file():
+        yield f"rollout.api_key_file={r.api_key_file!r} is no file; name one that holds the key in one line"
     if r.port and r.port + r.num_servers - 1 > LAST_PORT:
         yield (
             f"rollout.port={r.port} leaves no ports for num_servers={r.num_servers}, which count up to {LAST_PORT}; lower "

