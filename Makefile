@@ -1,9 +1,11 @@
 # make demo   sets everything up, then a small model learns arithmetic by DAPO (6 to 9 minutes on two cores)
 # make test   sets everything up and runs all tests
-# Both can be run again at no cost. PYTHON names the interpreter to start from; TORCH_INDEX an index with CPU builds of torch.
-PYTHON ?= python3
+# make docs   builds the documentation into build/docs, warnings being errors
+# All can be run again at no cost. A Python 3.11 is looked for, or fetched; PYTHON=<path> names one (requirements/setup.sh).
+PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
+DOCS := build/docs
 RUN ?= runs/demo
 SEED ?= 0
 PARALLEL ?= single
@@ -13,19 +15,12 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-fast check bench clean
+.PHONY: setup demo test test-fast check docs bench clean
 
 setup: $(VENV)/.complete
 
-# uv reads neither pip's variables nor pip's configuration, so where a CPU build of torch may lie is passed on.
-$(VENV)/.complete: requirements/cpu.txt requirements/overrides.txt pyproject.toml
-	@echo "== setup: Python environment in $(VENV) (about 1 minute, once)"
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else f"{sys.executable} is Python {v[0]}.{v[1]}; requirements/cpu.txt is for 3.11: make PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python --requirements requirements/cpu.txt --overrides requirements/overrides.txt \
-	  $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} $${TORCH_INDEX:+--extra-index-url "$$TORCH_INDEX" --index-strategy unsafe-best-match}
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps --editable .
+$(VENV)/.complete: requirements/cpu.txt requirements/overrides.txt requirements/setup.sh pyproject.toml
+	@sh requirements/setup.sh $(VENV) "$(PYTHON)"
 	@touch $@
 
 demo: setup
@@ -43,6 +38,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	@echo "== docs: $(DOCS)/index.html"
+	@$(BIN)/mkdocs build --strict --quiet --site-dir $(DOCS)
 
 bench: setup
 	$(BIN)/python benchmarks/verifier.py

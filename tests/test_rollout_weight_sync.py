@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import stat
 import subprocess
@@ -15,15 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nemo_dapo.hf_folder import ExpectedWeights
 from nemo_dapo.rollout import weight_sync
-from nemo_dapo.rollout.weight_sync import (
-    ExpectedWeights,
-    WeightStore,
-    buckets,
-    check_weights,
-    expected_weights,
-    push_weights,
-)
+from nemo_dapo.rollout.weight_sync import WeightStore, push_weights
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 EXPECTED = ExpectedWeights({"a": (2, 3), "b": (4,)})
@@ -34,36 +27,6 @@ def store():
     opened = WeightStore(EXPECTED, 4)
     yield opened
     opened.close()
-
-
-def test_a_tied_model_may_come_with_or_without_its_output_layer(tiny_models):
-    expected = expected_weights(tiny_models["tied"])
-    sent = dict(expected.shapes)
-    assert "lm_head.weight" not in sent
-    check_weights(sent, expected)
-    check_weights(sent | {"lm_head.weight": sent["model.embed_tokens.weight"]}, expected)
-
-
-def test_an_untied_model_needs_its_output_layer(tiny_models):
-    expected = expected_weights(tiny_models["untied"])
-    sent = {name: shape for name, shape in expected.shapes.items() if name != "lm_head.weight"}
-    with pytest.raises(ValueError, match=r"1 missing: lm_head\.weight"):
-        check_weights(sent, expected)
-
-
-def test_names_are_read_from_every_file_of_an_index(tmp_path):
-    for number, (name, tensor) in enumerate(WEIGHTS.items()):
-        weight_sync.save_file({name: tensor}, tmp_path / f"part{number}.safetensors")
-    weight_map = {name: f"part{number}.safetensors" for number, name in enumerate(WEIGHTS)}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (tmp_path / "config.json").write_text("{}")
-    assert expected_weights(tmp_path) == EXPECTED
-    assert expected_weights(tmp_path).num_elements == 10
-
-
-def test_a_folder_without_safetensors_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"no \*\.safetensors files; save the model with safe serialization"):
-        expected_weights(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -121,16 +84,6 @@ def test_a_full_or_absent_shared_memory_falls_back_and_says_so(monkeypatch, tmp_
     assert weight_sync.roomy_folder(1) != tmp_path
     assert "0.00 GB free" in caplog.text
     assert "does not exist" in caplog.text
-
-
-def test_buckets_are_bounded_keep_the_order_and_do_not_share_memory():
-    shared = torch.zeros(4)  # 16 bytes
-    stream = [("a", shared), ("b", shared[:2]), ("c", shared), ("large", torch.zeros(100)), ("d", shared)]
-    groups = list(buckets(iter(stream), limit=24))
-    assert [list(group) for group in groups] == [["a", "b"], ["c"], ["large"], ["d"]]
-    shared.fill_(1.0)  # an exporter that reuses its buffer
-    assert groups[0]["a"].sum() == 0
-    assert groups[0]["b"].data_ptr() != groups[0]["a"].data_ptr()
 
 
 def server_with(routes: dict[str, httpx.Response], calls: list[str]) -> httpx.Client:

@@ -62,6 +62,7 @@ class MegatronPolicy:
         self.max_tokens = tokens_per_microbatch
         self.temperature = temperature
         self.optimizer_config = optimizer
+        self.source = Path(model.path)
         self.bridge = weights.load_bridge(model.path)
         self.provider = weights.make_provider(self.bridge, model, parallel)
         self.vocab_size = int(self.bridge.hf_pretrained.config.vocab_size)
@@ -327,8 +328,8 @@ class MegatronPolicy:
         return weights.export_weights(self.bridge, self.model)
 
     def save_hf(self, path: Path) -> None:
-        """Write the policy as a Hugging Face directory."""
-        weights.save_hf_model(self.bridge, self.model, path)
+        """Write the policy as a Hugging Face directory. Raises on rank 0 where it is not written, or not whole."""
+        weights.save_hf_model(self.bridge, self.model, self.source, path)
 
     def save(self, path: Path) -> None:
         """Write weights, optimizer and schedule to the existing directory `path`, sharded."""

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nemo_dapo.config import ModelConfig, ParallelConfig, Precision
+from nemo_dapo.hf_folder import write_model
 
 # Modules of Megatron-core that look for Transformer Engine when they are imported (see cpu.transformer_engine_stand_in).
 LOOK_FOR_TRANSFORMER_ENGINE = (
@@ -148,6 +150,16 @@ def export_weights(bridge: Any, model: list[Any]) -> Iterator[tuple[str, Tensor]
         yield name, weight.detach()
 
 
-def save_hf_model(bridge: Any, model: list[Any], path: Path) -> None:
-    """Write the weights, configuration and tokenizer as a Hugging Face directory; collective, rank 0 writes."""
-    bridge.save_hf_pretrained(model, str(path), show_progress=False)
+def save_hf_model(bridge: Any, model: list[Any], source: Path, path: Path) -> None:
+    """Write the weights with the configuration and tokenizer of `source` as a Hugging Face directory; collective.
+
+    Rank 0 writes; see hf_folder.write_model. Not Bridge's own save_hf_pretrained (seen in 0.3.1): of every source file with
+    one tensor that is not exported, such as a buffer, it leaves out all weights, with no more than a print.
+    """
+    weights = export_weights(bridge, model)
+    try:
+        if dist.get_rank() == 0:
+            write_model(path, weights, source)
+    finally:
+        for _ in weights:  # the other ranks' exports end with rank 0's, also where it fails to write
+            pass

@@ -20,6 +20,7 @@ import httpx
 from torch import Tensor
 
 from nemo_dapo.config import Precision, RolloutConfig
+from nemo_dapo.hf_folder import expected_weights
 from nemo_dapo.rollout import client, weight_sync
 from nemo_dapo.rollout.servers import VLLMServers
 from nemo_dapo.types import Prompt, Sample, SamplingParams
@@ -120,7 +121,7 @@ class VLLMEngine:
         stop_token_ids = client.stop_tokens(model_path, tokenizer)
         if not stop_token_ids:
             raise ValueError(f"{model_path} names no end-of-sequence token; set eos_token in its tokenizer or config")
-        store = weight_sync.WeightStore(weight_sync.expected_weights(model_path), BYTES_PER_ELEMENT[precision])
+        store = weight_sync.WeightStore(expected_weights(model_path), BYTES_PER_ELEMENT[precision])
         try:
             servers = VLLMServers(config, model_path, precision, run_dir, seed, scratch=str(store.folder))
             engine = cls(config, servers, store, tokenizer, stop_token_ids)

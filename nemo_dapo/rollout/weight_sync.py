@@ -9,104 +9,24 @@ one copy of the model in host memory. vLLM is not imported here; the server's si
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-import struct
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import httpx
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from nemo_dapo.hf_folder import ExpectedWeights, buckets, check_weights
 
 log = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 BUCKET_BYTES = 1 << 30  # of one file: bounds the copy that is made while writing
 SPACE_MARGIN = 1.05
-TIED_OUTPUT = "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class ExpectedWeights:
-    """Name and shape of every parameter of a Hugging Face folder; `optional` names may be sent or not."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    optional: frozenset[str] = frozenset()
-
-    @property
-    def num_elements(self) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
-
-
-def expected_weights(model_path: Path) -> ExpectedWeights:
-    """Read the headers of a folder's safetensors files; raises ValueError where it has none."""
-    index = model_path / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [model_path / name for name in names]
-    else:
-        single = model_path / "model.safetensors"
-        files = [single] if single.is_file() else sorted(model_path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{model_path} has no *.safetensors files; save the model with safe serialization")
-    shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
-    tied = json.loads((model_path / "config.json").read_text()).get("tie_word_embeddings", False)
-    optional = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}  # a buffer that old folders hold
-    return ExpectedWeights(shapes, frozenset(optional | ({TIED_OUTPUT} if tied else set())))
-
-
-def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in one safetensors file: an 8-byte little-endian length, then a JSON header of that length."""
-    with file.open("rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        header = json.loads(opened.read(length))
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-
-
-def buckets(weights: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    """Host copies of the stream in groups of at most `limit` bytes, or of one larger tensor.
-
-    Raises ValueError for a name that comes a second time. Copies, because an exporter may reuse its buffers and two
-    names may share one storage.
-    """
-    seen: set[str] = set()
-    bucket: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in weights:
-        if name in seen:
-            raise ValueError(f"parameter {name} was exported twice; every parameter must be sent exactly once")
-        seen.add(name)
-        if bucket and size + tensor.nbytes > limit:
-            yield bucket
-            bucket, size = {}, 0
-        bucket[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
-
-
-def check_weights(sent: Mapping[str, tuple[int, ...]], expected: ExpectedWeights) -> None:
-    """Raise ValueError that lists missing and unexpected names and wrong shapes, if there are any."""
-    missing = sorted(expected.shapes.keys() - sent.keys() - expected.optional)
-    unexpected = sorted(sent.keys() - expected.shapes.keys() - expected.optional)
-    wrong = [
-        f"{name} {sent[name]} instead of {shape}"
-        for name, shape in sorted(expected.shapes.items())
-        if name in sent and sent[name] != shape
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "of the wrong shape": wrong}
-    if any(problems.values()):
-        found = "; ".join(f"{len(names)} {kind}: {', '.join(names[:8])}" for kind, names in problems.items() if names)
-        raise ValueError(
-            f"the exported weights are not those of the model folder ({found}); expected each of its "
-            f"{len(expected.shapes)} parameters exactly once, no server was changed"
-        )
 
 
 class WeightStore:
