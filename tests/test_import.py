@@ -38,10 +38,13 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+FAMILY = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "num_hidden_layers": 2}
-    (tmp_path / "config.json").write_text(json.dumps(sizes | {"hidden_size": 128}))
+    (tmp_path / "config.json").write_text(json.dumps(sizes | FAMILY | {"hidden_size": 128}))
     return tmp_path
 
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_dapo.config import model_family
 from nemo_dapo.config.ranges import out_of_range
 from nemo_dapo.config.schema import (
     LAST_PORT,
     AlgorithmConfig,
     DecayStyle,
-    ModelConfig,
     OptimizerConfig,
     RewardConfig,
     RunConfig,
 )
-
-MIN_CPU_HEAD_SIZE = 32  # vllm.v1.attention.backends.cpu_attn: get_supported_head_sizes
 
 
 def validate(config: RunConfig, world_size: int) -> None:
@@ -27,17 +24,19 @@ def validate(config: RunConfig, world_size: int) -> None:
     Raises one ValueError that lists all that was found: value, expectation, remedy. Reads the model's `config.json` alone.
     """
     _refuse(out_of_range(config))  # first: what follows divides by some of these numbers
+    model, unreadable = _read_model(config.model.path)
     _refuse(
         [
             *_check_run(config),
             *_check_algorithm(config.algorithm),
-            *_check_lengths(config),
+            *_check_lengths(config, model),
             *_check_optimizer(config.optimizer),
             *_check_rollout(config),
             *_check_reward(config.reward),
             *_check_data(config),
             *_check_evaluation(config),
-            *_check_model(config, world_size),
+            *_check_layout(config, model, world_size),
+            *unreadable,
         ]
     )
 
@@ -45,12 +44,10 @@ def validate(config: RunConfig, world_size: int) -> None:
 def validate_evaluation(config: RunConfig, world_size: int) -> None:
     """The same for examples/evaluate.py, which trains nothing and is one process."""
     _refuse(out_of_range(config))
-    problems = [
-        *_check_run(config),
-        *_check_evaluation(config),
-        *_check_lengths(config),
-        *_check_folder(config.model),
-    ]
+    model, unreadable = _read_model(config.model.path)
+    problems = [*_check_run(config), *_check_evaluation(config), *_check_lengths(config, model), *unreadable]
+    if model is not None:
+        problems += model_family.check_sizes(config.model.path, model)
     if not config.data.eval:
         problems.append(
             "data.eval is empty; choose sets (benchmark=[aime24,math500]) or name one: "
@@ -65,7 +62,17 @@ def validate_evaluation(config: RunConfig, world_size: int) -> None:
         problems.append(
             f"evaluation.checkpoint={chosen!r} has no folder policy/; name one of runs/<name>/checkpoints/step_*"
         )
+    elif chosen and model is not None:  # vLLM alone serves many more families
+        problems += model_family.check_trainable(config.model.path, model)
     _refuse(problems)
+
+
+def _read_model(path: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """The model's config.json, or None and why it cannot be read."""
+    try:
+        return model_family.read(path), []
+    except ValueError as error:
+        return None, [str(error)]
 
 
 def _refuse(problems: Iterable[str]) -> None:
@@ -90,7 +97,7 @@ def _check_algorithm(a: AlgorithmConfig) -> Iterator[str]:
         )
 
 
-def _check_lengths(config: RunConfig) -> Iterator[str]:
+def _check_lengths(config: RunConfig, model: dict[str, Any] | None) -> Iterator[str]:
     rollout, overlong = config.rollout, config.reward.overlong
     longest = rollout.max_prompt_length + rollout.max_response_length
     if config.trainer.tokens_per_microbatch < longest:
@@ -116,6 +123,11 @@ def _check_lengths(config: RunConfig) -> Iterator[str]:
             f"{rollout.max_prompt_length} must fit the servers' {limit} tokens; lower it, or set "
             f"rollout.vllm.max_model_len={evaluated}"
         )
+    if model is not None:
+        asked_by = (
+            "rollout.vllm.max_model_len" if limit != longest else "rollout.max_prompt_length + max_response_length"
+        )
+        yield from model_family.check_positions(config.model.path, model, limit, asked_by)
 
 
 def _check_optimizer(o: OptimizerConfig) -> Iterator[str]:
@@ -169,15 +181,7 @@ def _check_evaluation(config: RunConfig) -> Iterator[str]:
             yield f"{name}.samples={samples} with evaluation.temperature=0 copies one greedy answer: set 1 or a temperature"
 
 
-def _check_folder(model: ModelConfig) -> Iterator[str]:
-    if not (Path(model.path) / "config.json").is_file():
-        yield (
-            f"model.path={model.path!r} has no config.json; give a Hugging Face model folder "
-            "(for the demo: python examples/demo/prepare.py)"
-        )
-
-
-def _check_model(config: RunConfig, world_size: int) -> Iterator[str]:
+def _check_layout(config: RunConfig, model: dict[str, Any] | None, world_size: int) -> Iterator[str]:
     p = config.parallel
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     if world_size % (tp * pp):
@@ -193,29 +197,15 @@ def _check_model(config: RunConfig, world_size: int) -> Iterator[str]:
             f"model.path={config.model.path!r} is where this run writes its trained model; change output_dir (or name), "
             "or set checkpoint.export=false"
         )
-    missing = list(_check_folder(config.model))
-    yield from missing
-    if missing:
+    if model is None:
         return
-    model = json.loads((Path(config.model.path) / "config.json").read_text())
+    yield from model_family.check_trainable(config.model.path, model)
+    yield from model_family.check_sizes(config.model.path, model)
     for name, parts, option in (
         ("num_attention_heads", tp, "tensor"),
         ("num_key_value_heads", tp, "tensor"),
         ("vocab_size", tp, "tensor"),
         ("num_hidden_layers", pp, "pipeline"),
     ):
-        if model.get(name, 0) % parts:
+        if (model.get(name) or 0) % parts:
             yield f"parallel.{option}_model_parallel_size={parts} does not divide the model's {name}={model[name]}"
-    yield from _check_head_size(model)
-
-
-def _check_head_size(model: dict[str, Any]) -> Iterator[str]:
-    """vLLM's attention on a CPU host has no kernels for smaller heads."""
-    import torch  # here: the schema alone needs no torch
-
-    size = model.get("head_dim") or model.get("hidden_size", 0) // max(model.get("num_attention_heads", 1), 1)
-    if 0 < size < MIN_CPU_HEAD_SIZE and not torch.cuda.is_available():
-        yield (
-            f"model.path: the model's head_dim={size} must be at least {MIN_CPU_HEAD_SIZE} for vLLM on a host without "
-            "CUDA: take a model with fewer, larger heads"
-        )

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_dapo.config import ModelConfig, ParallelConfig, Precision
+from nemo_dapo.config.model_family import LLAMA3_ROPE
 from nemo_dapo.hf_folder import write_model
 
 # Modules of Megatron-core that look for Transformer Engine when they are imported (see cpu.transformer_engine_stand_in).
@@ -111,13 +112,11 @@ def rope_scaling(hf_config: Any, provider: Any) -> dict[str, Any]:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default" or kind == provider.position_embedding_type:
         return {}
-    # Megatron's RotaryEmbedding._apply_scaling takes the factor as an argument and has the others written in.
-    written_in = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    differing = {name: rope.get(name) for name, value in written_in.items() if rope.get(name) != value}
+    differing = {name: rope.get(name) for name, value in LLAMA3_ROPE.items() if rope.get(name) != value}
     if kind != "llama3" or differing:
         raise ValueError(
             f"the model's rope_type={kind!r} {differing or ''} has no counterpart here; Megatron-core scales rotary "
-            f"frequencies as llama3 does, with {written_in}"
+            f"frequencies as llama3 does, with {LLAMA3_ROPE}"
         )
     return {"rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
 

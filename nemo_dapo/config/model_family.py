@@ -1,0 +1,165 @@
+"""Which models train here, told from a Hugging Face `config.json` alone, before Megatron or vLLM is imported.
+
+An option is allowed by name and value, never refused by name: the trainer computes one forward pass, and a model whose
+options ask for another would train on wrong log-probabilities without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MIN_CPU_HEAD_SIZE = 32  # vllm.v1.attention.backends.cpu_attn: get_supported_head_sizes
+
+# Megatron-core's RotaryEmbedding._apply_scaling takes `factor` as an argument and has the others written in.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+# Any value will do: the trainer takes it over, or it is a token.
+COUNTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
+CONSTANTS = ("rms_norm_eps", "rope_theta", "tie_word_embeddings", "initializer_range")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
+# Any value will do: what the forward pass of a causal language model does not read.
+METADATA = (
+    *("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict"),
+    *("output_hidden_states", "output_attentions", "id2label", "label2id", "problem_type", "task_specific_params"),
+    *("_name_or_path", "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version", "is_llama_config"),
+    "transformers.js_config",
+    "attention_dropout",  # dropout is off here whatever the model says: the ratio compares two equal passes
+)
+FREE = frozenset((*COUNTS, *CONSTANTS, *TOKENS, *METADATA))
+ROPE_OPTIONS = ("rope_parameters", "rope_scaling")  # of transformers 5, and of the versions before it
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: `fixed` options must have this value or be absent, `unread` ones have no effect beside them."""
+
+    architecture: str
+    fixed: dict[str, Any]
+    unread: frozenset[str] = field(default_factory=frozenset)
+
+
+NO_WINDOW = {"use_sliding_window": False}
+WINDOW_SIZES = frozenset({"sliding_window", "max_window_layers"})  # of a window that is not used
+FAMILIES = {
+    "qwen2": Family("Qwen2ForCausalLM", {"hidden_act": "silu", **NO_WINDOW}, WINDOW_SIZES),
+    "qwen3": Family("Qwen3ForCausalLM", {"hidden_act": "silu", "attention_bias": False, **NO_WINDOW}, WINDOW_SIZES),
+    "llama": Family(
+        "LlamaForCausalLM", {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+    ),
+}
+SUPPORTED = ", ".join(f"{name} ({family.architecture})" for name, family in FAMILIES.items())
+
+
+def read(path: str) -> dict[str, Any]:
+    """The model's `config.json`. Raises ValueError in one line with the remedy when there is none or it is no object."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"model.path={path!r} has no config.json; {_where_from(path)}")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"model.path={path!r}: config.json is not JSON ({error}); download the model again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"model.path={path!r}: config.json must hold an object; download the model again")
+    for name in COUNTS:
+        value = config.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(
+                f"model.path={path!r}: config.json has {name}={value!r}, which must be a whole number above 0"
+            )
+    return config
+
+
+def _where_from(path: str) -> str:
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
+        folder = f"models/{path.partition('/')[2]}"
+        return (
+            f"for the model of that name on the Hugging Face hub: hf download {path} --local-dir {folder}, then "
+            f"model.path={folder}"
+        )
+    return "give a Hugging Face model folder (for the demo: python examples/demo/prepare.py)"
+
+
+def check_trainable(path: str, config: dict[str, Any]) -> Iterator[str]:
+    """What of the model's architecture the trainer does not compute."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    architectures = config.get("architectures")
+    if family is None or architectures != [family.architecture]:
+        yield (
+            f"model.path={path!r} is a model_type={config.get('model_type')!r} with architectures={architectures}, "
+            f"which does not train here; take one of {SUPPORTED}"
+        )
+        return
+    where = f"model.path={path!r}: its config.json has"
+    for name, value in config.items():
+        if name in family.fixed and value != family.fixed[name]:
+            yield f"{where} {name}={value!r}, but {family.architecture} trains here with {name}={family.fixed[name]!r} only"
+        elif name in ROPE_OPTIONS:
+            yield from (f"{where} {problem}" for problem in _check_rope(name, value or {}))
+        elif name == "layer_types":
+            if other := sorted({str(kind) for kind in value or ()} - {"full_attention"}):
+                yield f"{where} layer_types with {', '.join(other)}, but models train here with full_attention only"
+        elif value and name not in FREE | family.fixed.keys() | family.unread:
+            yield (
+                f"{where} {name}={_short(value)}, which no {family.architecture} that trains here has; if it changes "
+                "nothing in the forward pass, delete it from the file, else take another model"
+            )
+
+
+def _check_rope(name: str, rope: dict[str, Any]) -> Iterator[str]:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    allowed = {"default": {}, "llama3": LLAMA3_ROPE}
+    known = {"rope_type", "type", "rope_theta"} | ({"factor", *LLAMA3_ROPE} if kind == "llama3" else set())
+    expected = {**allowed.get(kind, {}), "partial_rotary_factor": 1.0}
+    if kind not in allowed:
+        yield f"{name} of type {kind!r}, but models train here with default or llama3 rotary positions only"
+        return
+    factor = rope.get("factor")
+    if kind == "llama3" and not (isinstance(factor, int | float) and factor >= 1):
+        yield f"{name}.factor={factor!r} of type llama3, which must be a number of at least 1"
+    for option, value in (dict.fromkeys(allowed[kind]) | rope).items():
+        if option in expected and value != expected[option]:
+            yield f"{name}.{option}={value!r}, but Megatron-core has {option}={expected[option]} written in"
+        elif value and option not in known | expected.keys():
+            yield f"{name}.{option}={_short(value)}, which the trainer's rotary positions do not know"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_sizes(path: str, config: dict[str, Any]) -> Iterator[str]:
+    """Heads that do not divide, and heads too small for vLLM's attention on a CPU host."""
+    heads, groups, hidden = (config.get(k) for k in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    where = f"model.path={path!r}: its config.json has"
+    if heads and groups and heads % groups:
+        yield f"{where} num_attention_heads={heads}, no multiple of num_key_value_heads={groups}; take another model"
+    if heads and hidden and hidden % heads and not config.get("head_dim"):
+        yield f"{where} hidden_size={hidden}, no multiple of num_attention_heads={heads}; take another model"
+    import torch  # here: the schema alone needs no torch
+
+    size = config.get("head_dim") or (hidden or 0) // (heads or 1)
+    if 0 < size < MIN_CPU_HEAD_SIZE and not torch.cuda.is_available():
+        yield (
+            f"{where} head_dim={size}, which must be at least {MIN_CPU_HEAD_SIZE} for vLLM on a host without CUDA: take "
+            "a model with fewer, larger heads"
+        )
+
+
+def check_positions(path: str, config: dict[str, Any], tokens: int, asked_by: str) -> Iterator[str]:
+    """Whether sequences of `tokens` tokens, as the options `asked_by` ask for, have positions in the model."""
+    positions = config.get("max_position_embeddings")
+    if positions and tokens > positions:
+        yield (
+            f"{asked_by} = {tokens} tokens exceed the max_position_embeddings={positions} of model.path={path!r}; lower "
+            "them to fit, or take a model for longer texts"
+        )
