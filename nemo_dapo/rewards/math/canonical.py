@@ -1,4 +1,4 @@
-"""One key for the cheap spellings of one answer: what counts votes compares these, where the verifier would cost too much."""
+"""One key for the cheap spellings of one answer: what counts votes compares these, as the verifier would cost too much."""
 
 from __future__ import annotations
 
