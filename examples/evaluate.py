@@ -67,7 +67,7 @@ def run(config: RunConfig) -> EvaluationResult:
         print(report, flush=True)
     model_path, output = Path(config.model.path), Path(config.output_dir)
     with (
-        RewardPool.from_config(config.reward) as rewarder,
+        RewardPool.from_config(config.reward, printed=output / "rewards.log") as rewarder,
         VLLMEngine.start(config.rollout, model_path, config.model.precision, output, tokenizer, config.seed) as engine,
     ):
         if config.evaluation.checkpoint:

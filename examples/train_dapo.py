@@ -83,7 +83,7 @@ def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack) -> Futu
         print(report, flush=True)
     write_manifest(run_dir / "manifest.json", config, data.reports)
     loader = PromptLoader(data.train, config.seed, Curriculum(config.data.skip_solved_visits))
-    rewarder = stack.enter_context(RewardPool.from_config(config.reward))
+    rewarder = stack.enter_context(RewardPool.from_config(config.reward, printed=run_dir / "rewards.log"))
     resumed = checkpoint.latest(run_dir / "checkpoints") if config.checkpoint.resume is schema.Resume.auto else None
     sinks = make_sinks(config, run_dir, resumed)
     stack.callback(sinks.close)

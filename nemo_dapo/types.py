@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Bound on a score: Eq. 9 squares and sums those of a group in float32, whose largest number is 3.4e38. 16,384 samples of
+# this size fit with room to spare.
+MAX_SCORE = 1e15
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -72,8 +76,9 @@ class Sample:
 class Verdict:
     """What a reward function says of one response.
 
-    `correct` drives the filter (Eq. 11) and accuracy. `score` is the unshaped reward; None means the configured
-    `reward.correct` / `reward.incorrect`. `error` is set when the verifier itself failed: then `correct` says nothing.
+    `correct` drives the filter (Eq. 11) and accuracy. `score` is the unshaped reward, within MAX_SCORE of 0; None means
+    the configured `reward.correct` / `reward.incorrect`. `error` is set when the verifier itself failed: then `correct`
+    says nothing.
     """
 
     correct: bool

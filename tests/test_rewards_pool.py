@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from hostile_answers import TRUTH, hostile_responses
 
@@ -66,8 +67,32 @@ def test_only_the_guilty_item_of_a_batch_gets_an_error(pool: RewardPool, text: s
     assert pool.counts[kind] == before + 1
 
 
-def test_what_a_function_prints_is_no_verdict(pool: RewardPool) -> None:
-    assert [v.correct for v in score(pool, "print", "7")] == [False, True]
+def test_what_a_function_prints_is_no_verdict_and_steers_no_terminal(tmp_path: Path) -> None:
+    printed = tmp_path / "run" / "rewards.log"
+    with RewardPool("reward_functions:misbehave", workers=1, printed=printed) as pool:
+        assert [v.correct for v in score(pool, "print", "print from a child", "7")] == [False, False, True]
+    assert printed.read_text() == "noise \\x1b[2Jwipes the\\u202e screen\nchild \\x1b]0;title\\x07\n"
+
+
+def test_without_a_log_it_goes_to_standard_error_escaped(capfd: pytest.CaptureFixture[str]) -> None:
+    with RewardPool("reward_functions:misbehave", workers=1) as pool:
+        score(pool, "print")
+    seen = capfd.readouterr()
+    assert (seen.out, seen.err) == ("", "noise \\x1b[2Jwipes the\\u202e screen\n")
+
+
+def test_what_a_function_reads_from_standard_input_is_no_request(pool: RewardPool) -> None:
+    verdicts = score(pool, "read", "7", "read", "7")
+    assert [str(v.error).partition(":")[0] for v in verdicts] == ["exception", "None"] * 2
+
+
+def test_the_first_error_of_each_kind_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    with RewardPool("reward_functions:misbehave", workers=1) as pool:
+        score(pool, "raise", "raise", "memory", "7")
+        score(pool, "raise", "exit")
+    said = [record.getMessage().partition("prompt u: ")[2] for record in caplog.records]
+    assert said[0] == "exception: KeyError: 'missing'"
+    assert [text.partition(":")[0] for text in said] == ["exception", "memory", "died"]
 
 
 def test_a_worker_killed_from_outside_costs_no_verdict(pool: RewardPool) -> None:
@@ -116,9 +141,59 @@ def test_a_closed_pool_refuses_and_leaves_no_process() -> None:
     pool = RewardPool("reward_functions:misbehave", workers=1)
     pid = int(score(pool, "pid")[0].extracted or 0)
     pool.close()
-    assert not Path(f"/proc/{pid}").exists()
+    assert not is_alive(pid)
     with pytest.raises(RuntimeError, match="closed"):
         score(pool, "7")
+
+
+KINDS = ("popen", "session", "fork", "daemon")
+
+
+def left(path: Path) -> list[int]:
+    return [int(line) for line in path.read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_what_a_function_started_lives_as_long_as_its_worker_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids = tmp_path / "pids"
+    monkeypatch.setenv("LEFT_PIDS", str(pids))
+    # 60 s: a worker's death that is only noticed by the time limit shows as `timeout`.
+    with RewardPool("reward_functions:misbehave", workers=1, timeout=60.0) as pool:
+        for kind in KINDS:
+            pids.unlink(missing_ok=True)
+            (verdict,) = score(pool, f"leave {kind} exits")
+            assert verdict.error is not None
+            assert verdict.error == f"died: the worker ended with exit code {left(pids)[-1] % 100}", kind
+            assert len(left(pids)) == 2, "the item is tried once more: a death may have other causes"
+            assert not any(map(is_alive, left(pids))), kind
+        pids.unlink()
+        score(pool, *(f"leave {kind}" for kind in KINDS), "7")
+        assert all(map(is_alive, left(pids)))
+        assert len(left(pids)) == len(KINDS)
+    assert not any(map(is_alive, left(pids)))
+
+
+def test_what_a_function_started_is_gone_when_its_worker_ran_out_of_time_or_its_keeper_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEFT_PIDS", str(tmp_path / "pids"))
+    with RewardPool("reward_functions:misbehave", workers=1, timeout=2.0) as pool:
+        verdicts = score(pool, *(f"leave {kind}" for kind in KINDS), "hang")
+        assert str(verdicts[-1].error).startswith("timeout")
+        assert not any(map(is_alive, left(tmp_path / "pids")))
+        score(pool, *(f"leave {kind}" for kind in KINDS))
+        for worker in pool._live:
+            worker.process.send_signal(signal.SIGSTOP)
+    assert len(left(tmp_path / "pids")) == 2 * len(KINDS)
+    assert not any(map(is_alive, left(tmp_path / "pids")))
 
 
 def test_closing_during_a_hang_ends_within_the_deadline() -> None:
@@ -132,21 +207,25 @@ def test_closing_during_a_hang_ends_within_the_deadline() -> None:
     assert [v.error is not None for v in found[0]] == [True, True]
 
 
-def test_workers_end_with_a_parent_that_is_killed() -> None:
+def test_workers_and_all_they_started_end_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
     script = (
         "import asyncio, os, sys, time; from nemo_dapo.rewards.pool import RewardPool; from nemo_dapo.types import Prompt\n"
         "pool = RewardPool('reward_functions:misbehave', workers=2, timeout=600)\n"
-        "print(asyncio.run(pool.score_texts(Prompt('u', (), '', '7'), ['pid']))[0].extracted, flush=True)\n"
+        f"texts = ['pid', *('leave ' + kind for kind in {KINDS!r})]\n"
+        "print(asyncio.run(pool.score_texts(Prompt('u', (), '', '7'), texts))[0].extracted, flush=True)\n"
         "asyncio.run(pool.score_texts(Prompt('u', (), '', '7'), ['hang'] * 4))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LEFT_PIDS": str(tmp_path / "pids")}
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout
         pid = int(parent.stdout.readline())
+        started = [pid, *left(tmp_path / "pids")]
+        assert all(map(is_alive, started))
         parent.kill()
+    assert len(started) == 1 + len(KINDS)
     deadline = time.monotonic() + 20
-    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
-        assert time.monotonic() < deadline, f"worker {pid} outlived its parent"
+    while alive := [each for each in started if is_alive(each)]:
+        assert time.monotonic() < deadline, f"{alive} outlived the trainer"
         time.sleep(0.05)
 
 
@@ -180,7 +259,7 @@ def test_a_function_that_returns_nonsense_is_an_error(name: str, error: str) -> 
         ("reward_functions:absent", "has no function 'absent'"),
         ("no_such_module_here:f", "ModuleNotFoundError"),
         ("reward_functions", r"expected package\.module:name"),
-        ("reward_functions:not_enough", r"expected \(prompt, response\)"),
+        ("reward_functions:not_enough", r"takes \(\); expected parameters"),
     ],
 )
 def test_a_bad_name_fails_at_the_start(function: str, message: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from nemo_dapo.config.ranges import number
+from nemo_dapo.types import MAX_SCORE
 
 A_YEAR = 365 * 24 * 3600.0  # seconds; clocks and timers overflow not far above
 LAST_PORT = 65535
@@ -158,8 +159,13 @@ class RewardConfig:
     )  # math judges mathematically; dapo is the public recipe's strict `Answer:` rule
     function: str = ""  # package.module:name instead of the style's verifier; decides `correct`
     extra: dict[str, RewardTermConfig] = field(default_factory=dict)  # add to the score, never to the verdict
-    correct: float = number(1.0)  # score of a right answer
-    incorrect: float = number(-1.0)  # score of a wrong answer
+    correct: float = number(1.0, at_least=-MAX_SCORE, at_most=MAX_SCORE)  # score of a right answer
+    incorrect: float = number(-1.0, at_least=-MAX_SCORE, at_most=MAX_SCORE)  # score of a wrong answer
+    correct_above: float = number(
+        0.0
+    )  # a function's number is a right answer above this; partial credit wants more than 0
+    # share of a step's samples on which the verifier may fail; above it the run stops. 1 = never
+    max_error_rate: float = number(0.5, at_least=0, at_most=1)
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
     answer_patterns: list[str] = field(default_factory=list)  # regular expressions with one group; empty = built in
     workers: int = number(8, at_least=1)  # processes that judge answers
@@ -185,6 +191,9 @@ class AlgorithmConfig:
     dynamic_sampling: bool = True  # drop groups that are all right or all wrong and sample others (Eq. 11)
     # groups sampled a step, at most this many times prompts_per_step
     max_attempts: float = number(10.0, at_least=1, at_most=1e6)
+    max_empty_steps: int = number(
+        3, at_least=0
+    )  # in a row without any group to train on, then the run stops; 0 = never
 
 
 @dataclass

@@ -1,10 +1,12 @@
 """Reward functions by name, whatever their form, as one callable: (prompt, responses) -> verdicts.
 
-A function's parameter names say what it takes; sync and async alike:
+The names of a function's parameters say what it takes, in any order; others need defaults. Sync and async alike:
     def f(prompt, response)          one sample: Prompt and text    -> Verdict | bool | number
     def f(prompt, responses)         a whole group: Prompt and texts -> list of those, in order
     def f(response, ground_truth)    one sample, as the verifiers in this package
-A bool is the verdict. A number is the score, and correct when above 0. An http(s) address is a reward service (`remote`).
+A bool is the verdict. A number is the score, and correct when above `reward.correct_above` (0): with partial credit, where
+nearly every answer earns a little, set that, or groups count as all right and are dropped. An http(s) address is a reward
+service (`remote`). What a function prints goes to the run's `rewards.log`.
 """
 
 from __future__ import annotations
@@ -12,47 +14,58 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nemo_dapo.rewards.remote import RemoteReward
+from nemo_dapo.rewards.signature import GROUP, PLAIN, read_signature
+from nemo_dapo.rewards.verdict import make_verdict, to_verdict
+from nemo_dapo.telemetry.escape import printable
 from nemo_dapo.types import Prompt, Verdict
+
+MAX_ERROR = 500  # characters of an exception's text
 
 GroupReward = Callable[[Prompt, Sequence[str]], list[Verdict]]
 
 
 def is_group_function(spec: str) -> bool:
     """Whether `spec` scores a whole group in one call. Raises ValueError for what `load` refuses."""
-    if is_remote(spec):
-        return True
-    return "responses" in _parameters(_import(spec))
+    return is_remote(spec) or read_signature(_import(spec), spec).form == GROUP
 
 
 def is_remote(spec: str) -> bool:
     return spec.startswith(("http://", "https://"))
 
 
-def load(spec: str, *, answer_patterns: Sequence[str] = (), timeout: float = 10.0) -> GroupReward:
+def load(
+    spec: str, *, answer_patterns: Sequence[str] = (), timeout: float = 10.0, correct_above: float = 0.0
+) -> GroupReward:
     """The function named by `spec` (`package.module:name` or an http(s) address) in the common form.
 
-    Raises ValueError with value, expectation and remedy for a name that cannot be used.
+    Raises ValueError with value, expectation and remedy for a name or an address that cannot be used, or a function that
+    has none of the three forms.
     """
     if is_remote(spec):
+        from nemo_dapo.rewards.remote import RemoteReward  # here: an HTTP client takes time and memory of each worker
+
         return RemoteReward(spec, timeout=timeout)
     function = _import(spec)
-    names = _parameters(function)
-    options = {"answer_patterns": tuple(answer_patterns)} if answer_patterns and "answer_patterns" in names else {}
-    if answer_patterns and not options:
+    signature = read_signature(function, spec)
+    options = {"answer_patterns": tuple(answer_patterns)} if answer_patterns else {}
+    if not options.keys() <= signature.names:
         raise ValueError(
             f"reward.answer_patterns is set, but reward.function={spec!r} takes no `answer_patterns`; remove them"
         )
-    if names[:2] == ["response", "ground_truth"]:
-        return _each(lambda prompt, text: function(text, prompt.ground_truth, **options))
-    if "responses" in names:
-        return _whole(lambda prompt, texts: function(prompt, list(texts), **options))
-    return _each(lambda prompt, text: function(prompt, text, **options))
+
+    def call(prompt: Prompt, value: str | list[str]) -> Any:
+        if signature.form == PLAIN:
+            return signature.call(function, {"response": value, "ground_truth": prompt.ground_truth, **options})
+        return signature.call(function, {"prompt": prompt, signature.form[1]: value, **options})
+
+    def judge(value: Any) -> Verdict:
+        return to_verdict(value, correct_above=correct_above)
+
+    return _whole(call, judge) if signature.form == GROUP else _each(call, judge)
 
 
 def with_terms(
@@ -81,7 +94,10 @@ def _add(verdict: Verdict, extras: list[tuple[str, float, Verdict]], correct: fl
         if term.error is not None:
             return replace(verdict, error=f"reward.extra.{name}: {term.error}")
         score += weight * (term.score if term.score is not None else float(term.correct))
-    return replace(verdict, score=score)
+    try:
+        return make_verdict(verdict.correct, verdict.extracted, None, score)
+    except ValueError as problem:
+        return replace(verdict, error=f"reward.extra: the sum of all terms: {problem}")
 
 
 def _import(spec: str) -> Callable[..., Any]:
@@ -100,47 +116,37 @@ def _import(spec: str) -> Callable[..., Any]:
     return function
 
 
-def _parameters(function: Callable[..., Any]) -> list[str]:
-    names = list(inspect.signature(function).parameters)
-    if len(names) < 2:
-        raise ValueError(
-            f"reward function {function!r} takes {names}; expected (prompt, response), (prompt, responses) for a group, "
-            "or (response, ground_truth)"
-        )
-    return names
-
-
-def _each(function: Callable[[Prompt, str], Any]) -> GroupReward:
+def _each(call: Callable[[Prompt, str], Any], judge: Callable[[Any], Verdict]) -> GroupReward:
     def score(prompt: Prompt, responses: Sequence[str]) -> list[Verdict]:
-        return [_guarded(lambda value: function(prompt, value), text) for text in responses]
+        return [_guarded(lambda text: judge(_finish(call(prompt, text))), text) for text in responses]
 
     return score
 
 
-def _whole(function: Callable[[Prompt, Sequence[str]], Any]) -> GroupReward:
+def _whole(call: Callable[[Prompt, list[str]], Any], judge: Callable[[Any], Verdict]) -> GroupReward:
     def score(prompt: Prompt, responses: Sequence[str]) -> list[Verdict]:
         try:
-            found = _finish(function(prompt, responses))
+            found = _finish(call(prompt, list(responses)))
             if len(found) != len(responses):
                 raise ValueError(f"{len(found)} verdicts for {len(responses)} responses; expected one each, in order")
         except (Exception, SystemExit) as error:
             return [_failure(error)] * len(responses)
-        return [_guarded(lambda value: value, value) for value in found]
+        return [_guarded(judge, value) for value in found]
 
     return score
 
 
-def _guarded(call: Callable[[Any], Any], argument: Any) -> Verdict:
+def _guarded(call: Callable[[Any], Verdict], argument: Any) -> Verdict:
     """A user's function may raise anything: that is an error of the verifier, never a wrong answer."""
     try:
-        return to_verdict(_finish(call(argument)))
+        return call(argument)
     except (Exception, SystemExit) as error:
         return _failure(error)
 
 
 def _failure(error: BaseException) -> Verdict:
     kind = "memory" if isinstance(error, MemoryError) else "exception"
-    return Verdict(correct=False, error=f"{kind}: {type(error).__name__}: {str(error)[:500]}")
+    return Verdict(correct=False, error=f"{kind}: {type(error).__name__}: {printable(str(error), MAX_ERROR)}")
 
 
 def _finish(value: Any) -> Any:
@@ -149,14 +155,3 @@ def _finish(value: Any) -> Any:
 
 async def _await(value: Awaitable[Any]) -> Any:
     return await value
-
-
-def to_verdict(value: Any) -> Verdict:
-    """A Verdict from what a function returned; ValueError for anything but Verdict, bool or a finite number."""
-    if isinstance(value, Verdict):
-        return value
-    if isinstance(value, bool):
-        return Verdict(correct=value)
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"the reward function returned {value!r:.100}; expected a Verdict, a bool or a finite number")
-    return Verdict(correct=value > 0, score=float(value))

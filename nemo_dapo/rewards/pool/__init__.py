@@ -1,6 +1,7 @@
 """Verdicts from killable child processes.
 
-    pool (trainer process: lanes, limits, blame) -> process (one worker, as its parent sees it) -> worker (the child)
+    pool (trainer process: lanes, limits, blame) -> process (one worker, as the trainer sees it)
+        -> keeper (ends what the worker started) -> worker (the child)
 
 A worker imports this package too: nothing here may need torch or Hydra.
 """

@@ -11,21 +11,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
+import re
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_dapo.rewards.extract import MAX_TAIL
 from nemo_dapo.rewards.pool.process import ItemTimeoutError, WorkerLostError, WorkerProcess
+from nemo_dapo.telemetry.escape import printable
 from nemo_dapo.types import Prompt, Sample, Verdict
 
 if TYPE_CHECKING:
     from nemo_dapo.config import RewardConfig
+
+log = logging.getLogger(__name__)
 
 VERIFIERS = {"math": "nemo_dapo.rewards.math:verify", "dapo": "nemo_dapo.rewards.math_dapo:verify"}  # by reward.style
 START_TIMEOUT = 180.0  # seconds until all workers must be ready: sympy's import costs 2 s of a core each
@@ -34,12 +40,14 @@ _MAX_CHARACTERS = 1 << 21  # in one message
 _PENDING_PER_WORKER = 128  # units in flight: enough to keep every worker busy, bounded in memory
 _AFTER_KILL = 5.0  # seconds until a lane whose worker was killed has noticed
 _MAX_LOSSES = 2  # workers that may die on one unit
+_MAX_KINDS_SAID = 20  # kinds of verifier errors whose first text goes to the console
 
 
 @dataclass
 class _Job:
     """One group being scored."""
 
+    uid: str
     verdicts: list[Verdict | None]
     remaining: int
     units: int
@@ -62,7 +70,9 @@ class RewardPool:
     """Scores groups in `workers` child processes; usable from any thread and any asyncio loop, also one after another.
 
     `timeout` is in seconds for one call, `memory_mb` the address space of one worker (0 = unlimited). `extra` holds
-    (name, function, weight). Raises ValueError for a function that cannot be used, RuntimeError when no worker starts.
+    (name, function, weight). What functions print goes to the file `printed`, or to standard error, escaped. The first
+    verifier error of each kind is logged as a warning. Raises ValueError for a function that cannot be used, RuntimeError
+    when no worker starts.
     """
 
     def __init__(
@@ -76,15 +86,21 @@ class RewardPool:
         extra: Sequence[tuple[str, str, float]] = (),
         correct: float = 1.0,
         incorrect: float = -1.0,
+        correct_above: float = 0.0,
+        printed: Path | None = None,
     ) -> None:
         if workers < 1 or timeout <= 0:
             raise ValueError(f"reward.workers={workers}, reward.timeout={timeout}: both must be above 0; raise them")
         self.timeout = timeout
         self.counts: Counter[str] = Counter()  # scored, and verifier errors by kind
+        self._kinds_said: set[str] = set()
+        if printed is not None:
+            printed.parent.mkdir(parents=True, exist_ok=True)
+        self._printed = "" if printed is None else str(printed.resolve())
         self._setup = {
             "function": function, "answer_patterns": list(answer_patterns), "timeout": timeout, "memory_mb": memory_mb,
             "extra": [list(term) for term in extra], "correct": correct, "incorrect": incorrect,
-            "warm": function == VERIFIERS["math"],
+            "correct_above": correct_above, "warm": function == VERIFIERS["math"],
         }  # fmt: skip
         self._tail = MAX_TAIL if function in VERIFIERS.values() and not extra else None
         self._gate = _Gate(workers * _PENDING_PER_WORKER)
@@ -97,7 +113,7 @@ class RewardPool:
         self._groups = self._start()
 
     @classmethod
-    def from_config(cls, config: RewardConfig) -> RewardPool:
+    def from_config(cls, config: RewardConfig, *, printed: Path | None = None) -> RewardPool:
         """The pool that `config` asks for."""
         return cls(
             config.function or VERIFIERS[config.style.value],
@@ -108,6 +124,8 @@ class RewardPool:
             extra=[(name, term.function, term.weight) for name, term in config.extra.items()],
             correct=config.correct,
             incorrect=config.incorrect,
+            correct_above=config.correct_above,
+            printed=printed,
         )
 
     def __enter__(self) -> RewardPool:
@@ -162,7 +180,7 @@ class RewardPool:
             self._finish(unit, "closed: the reward pool was closed")
 
     def _submit(self, prompt: Prompt, texts: Sequence[str], units: int) -> _Job:
-        job = _Job([None] * len(texts), units, units)
+        job = _Job(prompt.uid, [None] * len(texts), units, units)
         head = self._prompt_json(prompt)
         cut = [text[-self._tail :] for text in texts] if self._tail else list(texts)
         if self._groups:
@@ -270,7 +288,7 @@ class RewardPool:
             self._live.discard(worker)
 
     def _launch(self) -> WorkerProcess:
-        worker = WorkerProcess(self._setup)
+        worker = WorkerProcess(self._setup, self._printed)
         with self._lock:
             self._live.add(worker)
         return worker
@@ -284,11 +302,23 @@ class RewardPool:
             job.remaining -= 1
             done = job.remaining == 0
             self.counts["scored"] += unit.size
-            self.counts.update(v.error.partition(":")[0] for v in verdicts if v.error)
+            errors = [verdict.error for verdict in verdicts if verdict.error is not None]
+            self.counts.update(error.partition(":")[0] for error in errors)
+        for error in errors:
+            self._say_first_of_its_kind(error, job.uid)
         if done:
             self._gate.leave(job.units)
             if job.future.set_running_or_notify_cancel():
                 job.future.set_result([v for v in job.verdicts if v is not None])
+
+    def _say_first_of_its_kind(self, error: str, uid: str) -> None:
+        """A kind is `exception: KeyError`, `timeout: …`: the text up to its second colon, without numbers."""
+        kind = re.sub(r"\d+", "0", ":".join(error.split(":", 2)[:2]))
+        with self._lock:
+            if kind in self._kinds_said or len(self._kinds_said) >= _MAX_KINDS_SAID:
+                return
+            self._kinds_said.add(kind)
+        log.warning("verifier error (first of its kind; more are counted) on prompt %s: %s", uid, printable(error, 500))
 
 
 class _Queue:

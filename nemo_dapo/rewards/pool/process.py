@@ -1,4 +1,4 @@
-"""One reward worker as its parent sees it: started, spoken to with deadlines, killed with all its children."""
+"""One reward worker as the trainer sees it: started below a keeper, spoken to within deadlines, ended with its children."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from nemo_dapo.types import Verdict
 
 _READ_SIZE = 1 << 16
 _SETUP_TIMEOUT = 10.0  # seconds
+_KEEPER_TIMEOUT = 5.0  # seconds until a keeper has ended all that is below it
+_OWN_END = 1.0  # seconds for a worker whose output has ended to be seen ending
 
 
 class WorkerLostError(Exception):
@@ -27,14 +29,14 @@ class ItemTimeoutError(WorkerLostError):
 
 
 class WorkerProcess:
-    """A `nemo_dapo.rewards.pool.worker` in a session of its own, ready once `wait_ready` has returned."""
+    """A `nemo_dapo.rewards.pool.worker`, ready once `wait_ready` has returned; what it prints goes to the file `log`."""
 
-    def __init__(self, setup: dict[str, Any]) -> None:
+    def __init__(self, setup: dict[str, Any], log: str = "") -> None:
         # The same import path as here: the user's function may lie beside the script that was started.
         path = os.pathsep.join([os.getcwd() if entry == "" else entry for entry in sys.path])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "nemo_dapo.rewards.pool.worker"],
+            [sys.executable, "-m", "nemo_dapo.rewards.pool.worker", str(os.getpid()), log],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -49,7 +51,7 @@ class WorkerProcess:
         self._readable.register(self._output, select.POLLIN)
         self._buffer = bytearray()
         # Written at once, so that a spare gets ready while nobody waits for it; it fits the pipe's buffer.
-        self.send(json.dumps({**setup, "parent": os.getpid()}).encode() + b"\n", _SETUP_TIMEOUT)
+        self.send(json.dumps(setup).encode() + b"\n", _SETUP_TIMEOUT)
 
     def wait_ready(self, timeout: float) -> bool:
         """Wait until the worker can score; True when one call of its function scores a whole group.
@@ -107,21 +109,26 @@ class WorkerProcess:
         return self.process.poll() is not None
 
     def abort(self) -> None:
-        """SIGKILL alone, from any thread: whoever waits for the worker finds that it died, and clears up."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """Ask the keeper to end everything, from any thread: whoever waits for the worker finds that, and clears up."""
+        self.process.terminate()
+        self.process.send_signal(signal.SIGCONT)  # one that was stopped hears it too
 
     def kill(self) -> None:
-        """SIGKILL to the worker and whatever it started; returns once it is gone. Harmless when it is."""
+        """End the worker and whatever it started; returns once they are gone. Harmless when they are."""
         if self.process.poll() is None:
-            try:
-                # A worker whose output has ended is ending itself: its own exit status says more than our signal.
-                self.process.wait(timeout=0.1 if self._output_ended() else 0)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
+            # A worker whose output has ended is ending itself: its own exit status says more than our signal.
+            if not self._output_ended() or not self._ends_within(_OWN_END):
+                self.abort()
+            if not self._ends_within(_KEEPER_TIMEOUT):
+                self.process.kill()  # the kernel then kills the worker
                 self.process.wait()
         self._input.close()
         self._output.close()
+
+    def _ends_within(self, timeout: float) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout)
+        return self.process.returncode is not None
 
     def _output_ended(self) -> bool:
         if self._output.closed:
@@ -132,6 +139,5 @@ class WorkerProcess:
         """End of input, which ends an idle worker; killed after `timeout` seconds."""
         if not self._input.closed:
             self._input.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout)
+        self._ends_within(timeout)
         self.kill()

@@ -1,39 +1,38 @@
-"""The child process that runs reward functions: `python -m nemo_dapo.rewards.pool.worker`, JSON lines in and out.
+"""The process that runs reward functions: `python -m nemo_dapo.rewards.pool.worker TRAINER LOG`, JSON lines in and out.
 
-    first line in    {"function", "answer_patterns", "timeout", "memory_mb", "extra", "correct", "incorrect", "parent",
-                      "warm"}
+    first line in    {"function", "answer_patterns", "timeout", "memory_mb", "extra", "correct", "incorrect",
+                      "correct_above", "warm"}
     first line out   {"ready": pid, "group": whether one call scores a whole group} or {"refused": why}
     then             [[prompt, [text, …]], …]  ->  one line of verdicts a unit, as soon as it is done
 
-Everything runs on the main thread, so that alarms inside libraries work. The process ends when its input does, and, on
-Linux, with the thread that started it, even while a function runs.
+Everything runs on the main thread, so that alarms inside libraries work. The process ends when its input does, and with the
+thread that started it, even while a function runs: `keeper` sees to that.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
-import signal
 import sys
 from typing import Any, TextIO
 
 from nemo_dapo.rewards.function import GroupReward, is_group_function, load, with_terms
+from nemo_dapo.rewards.pool.keeper import become_worker
 from nemo_dapo.types import Prompt, Verdict
 
-_PR_SET_PDEATHSIG = 1
 _MAX_DIGITS = 4300  # of an integer turned into text or read from one: Python's own default against quadratic time
 
 
 def main() -> None:
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a function prints must not become a verdict
-    line = sys.stdin.readline()
+    become_worker(int(sys.argv[1]), sys.argv[2])
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what a function reads must not be a request
+    os.dup2(2, 1)  # what it prints must not become a verdict
+    line = requests.readline()
     if not line:
         return
     setup = json.loads(line)
-    _end_with_parent(setup["parent"])
     _limit(setup["memory_mb"])
     try:
         score = _build(setup)
@@ -41,7 +40,7 @@ def main() -> None:
         print(json.dumps({"refused": str(error)}), file=replies)
         return
     print(json.dumps({"ready": os.getpid(), "group": _scores_groups(setup)}), file=replies)
-    serve(score, sys.stdin, replies)
+    serve(score, requests, replies)
 
 
 def serve(score: GroupReward, requests: TextIO, replies: TextIO) -> None:
@@ -60,11 +59,11 @@ def _score(score: GroupReward, prompt: Prompt, texts: list[str]) -> list[Verdict
 
 
 def _packed(verdict: Verdict) -> list[Any]:
-    return [bool(verdict.correct), verdict.extracted, verdict.error, verdict.score]
+    return [verdict.correct, verdict.extracted, verdict.error, verdict.score]
 
 
 def _build(setup: dict[str, Any]) -> GroupReward:
-    options = {"timeout": setup["timeout"]}
+    options = {"timeout": setup["timeout"], "correct_above": setup["correct_above"]}
     decide = load(setup["function"], answer_patterns=setup["answer_patterns"], **options)
     terms = [(name, weight, load(function, **options)) for name, function, weight in setup["extra"]]
     if setup["warm"]:
@@ -91,14 +90,6 @@ def _limit(memory_mb: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.set_int_max_str_digits(_MAX_DIGITS)
-
-
-def _end_with_parent(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle: it closes the pool
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        raise SystemExit("the trainer ended before its reward worker had started")
 
 
 if __name__ == "__main__":
