@@ -18,11 +18,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
-from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dapo import config as schema
 from nemo_dapo.config import RunConfig
@@ -56,12 +53,17 @@ def start(
     schema.register()
     with ExitStack() as stack:
         try:
+            if (text := schema.asked_to_print(config, sys.argv[1:])) is not None:
+                print(text if is_rank_zero() else "", end="", flush=True)
+                return
             require(*needs)
             run = composed(config, sys.argv[1:])
             if run is not None:
                 refuse_secrets(sys.argv[1:])
                 check(run)
                 require_vllm(run)
+                for remark in schema.remarks(run) if is_rank_zero() else ():
+                    print(f"note: {remark}", file=sys.stderr, flush=True)
                 if is_rank_zero():
                     stack.enter_context(RunLock(Path(run.output_dir)))
         except ValueError as error:
@@ -126,15 +128,11 @@ def composed(config: Path, arguments: list[str]) -> RunConfig | None:
     Raises ValueError in one line that names the key and its remedy.
     """
     parsed = get_args_parser().parse_args(arguments)
-    if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.multirun or parsed.shell_completion:
+    if parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
         return None
     if parsed.config_name or parsed.config_path or parsed.config_dir:
         return None
-    try:
-        with initialize_config_dir(str(config.parent), version_base="1.1"):
-            return schema.typed(compose(config.stem, overrides=parsed.overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(schema.explain(error)) from error
+    return schema.typed(schema.compose_file(config, parsed.overrides))
 
 
 def require(*modules: str) -> None:

@@ -129,6 +129,10 @@ def test_an_evaluation_that_cannot_be_is_refused_before_it_starts(
         ("algoritm.group_size=4", ["algoritm", "'RunConfig'", "did you mean algorithm?"]),
         ("+rollout.max_promt_length=4", ["rollout.max_promt_length", "did you mean max_prompt_length?"]),
         ("+data.train.mine={format: columns, paht: x}", ["data.train.mine.paht", "did you mean path?"]),
+        ("data.trian.mine={format: columns}", ["data.trian", "'DataConfig'", "did you mean train?"]),
+        ("data.train.mine.path=x", ["data.train.mine.format", "mandatory"]),
+        ("rollout.vlm.max_num_seqs=3", ["rollout.vlm", "did you mean vllm?"]),
+        ("reward.extra.style.functoin=m:f", ["reward.extra.style.functoin", "did you mean function?"]),
         ("zzz=1", ["zzz", "'RunConfig'"]),
         ("algorithm.group_size=many", ["algorithm.group_size", "'many'", "Integer"]),
         ("model.precision=fp64", ["model.precision", "fp64", "bf16, fp32"]),
@@ -200,6 +204,11 @@ CONTRADICTIONS = {
         ["reward.correct=0", "reward.incorrect=0"],
         ["reward.correct=0.0", "exceed reward.incorrect=0.0", "1 and -1"],
     ),
+    "a function that is none": (["reward.function=nope"], ["reward.function='nope'", "package.module:name", "http(s)"]),
+    "a term that is none": (
+        ["reward.extra.style.function=a/b.py:f"],
+        ["reward.extra.style.function='a/b.py:f'", "my_package.rewards:my_function"],
+    ),
     "no name": (["name=''"], ["name=''", "must not be empty", "set name="]),
     "no folder": (["output_dir=' '"], ["output_dir=' '", "must not be empty", "leave it out"]),
     "top p": (["rollout.top_p=0.9"], ["rollout.top_p=0.9", "set 1.0 and -1", "algorithm.importance_cap"]),
@@ -242,6 +251,7 @@ def test_no_check_between_options_is_without_a_test() -> None:
     no_yield_of_their_own = {
         "no model",  # of model_family.py
         "top k",
+        "a term that is none",
         "evaluation length, default",
         "evaluation of copies, one set",
     }
@@ -277,8 +287,9 @@ def test_a_model_that_the_layout_does_not_divide_is_refused(
 
 
 def test_a_request_for_anything_but_one_run_is_left_to_hydra() -> None:
-    assert entry.composed(CONF / "config.yaml", ["--cfg", "job"]) is None
-    assert entry.composed(CONF / "config.yaml", ["--help"]) is None
+    for arguments in (["--cfg", "all"], ["--info", "searchpath"], ["--hydra-help"], ["--config-name", "mine"]):
+        assert entry.composed(CONF / "config.yaml", arguments) is None
+        assert schema.asked_to_print(CONF / "config.yaml", arguments) is None
 
 
 def refused(check: Callable[[RunConfig], None], *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:

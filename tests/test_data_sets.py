@@ -14,9 +14,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from nemo_dapo.config import DataConfig, DataFormat, DataSetConfig
+from nemo_dapo.config.prompts import DAPO
 from nemo_dapo.data.arithmetic import Sum, generate, imperfect_solution, worked_solution
 from nemo_dapo.data.load import load_problems, load_prompt_set, load_run_data
-from nemo_dapo.data.template import DAPO, PromptRenderer
+from nemo_dapo.data.template import PromptRenderer
 from tests.tiny import save_tiny_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

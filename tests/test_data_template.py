@@ -9,8 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from nemo_dapo.config import DataConfig
+from nemo_dapo.config.prompts import resolve_template
 from nemo_dapo.data.problem import Problem
-from nemo_dapo.data.template import PromptRenderer, resolve_template
+from nemo_dapo.data.template import PromptRenderer
 from tests.tiny import save_tiny_tokenizer
 
 CHAT = (

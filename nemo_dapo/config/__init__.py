@@ -1,7 +1,7 @@
 """The configuration of a run: schema.py says what there is, compose.py reads it, checks.py refuses what cannot be."""
 
-from nemo_dapo.config.checks import validate, validate_evaluation
-from nemo_dapo.config.compose import explain, register, typed
+from nemo_dapo.config.checks import remarks, validate, validate_evaluation
+from nemo_dapo.config.compose import asked_to_print, compose_file, explain, register, typed
 from nemo_dapo.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -48,8 +48,11 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "TrainerConfig",
+    "asked_to_print",
+    "compose_file",
     "explain",
     "register",
+    "remarks",
     "typed",
     "validate",
     "validate_evaluation",

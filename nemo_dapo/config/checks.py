@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nemo_dapo.config import model_family
+from nemo_dapo.config.prompts import check_prompts, remark_on_prompts
 from nemo_dapo.config.ranges import out_of_range
 from nemo_dapo.config.schema import (
     LAST_PORT,
@@ -16,6 +18,8 @@ from nemo_dapo.config.schema import (
     RewardConfig,
     RunConfig,
 )
+
+FUNCTION = re.compile(r"[\w.]+:\w+|https?://.+")
 
 
 def validate(config: RunConfig, world_size: int) -> None:
@@ -34,6 +38,7 @@ def validate(config: RunConfig, world_size: int) -> None:
             *_check_rollout(config),
             *_check_reward(config.reward),
             *_check_data(config),
+            *check_prompts(config.data, config.reward),
             *_check_evaluation(config),
             *_check_layout(config, model, world_size),
             *unreadable,
@@ -45,7 +50,14 @@ def validate_evaluation(config: RunConfig, world_size: int) -> None:
     """The same for examples/evaluate.py, which trains nothing and is one process."""
     _refuse(out_of_range(config))
     model, unreadable = _read_model(config.model.path)
-    problems = [*_check_run(config), *_check_evaluation(config), *_check_lengths(config, model), *unreadable]
+    problems = [
+        *_check_run(config),
+        *_check_evaluation(config),
+        *_check_lengths(config, model),
+        *_check_reward(config.reward),
+        *check_prompts(config.data, config.reward),
+        *unreadable,
+    ]
     if model is not None:
         problems += model_family.check_sizes(config.model.path, model)
     if not config.data.eval:
@@ -65,6 +77,11 @@ def validate_evaluation(config: RunConfig, world_size: int) -> None:
     elif chosen and model is not None:  # vLLM alone serves many more families
         problems += model_family.check_trainable(config.model.path, model)
     _refuse(problems)
+
+
+def remarks(config: RunConfig) -> list[str]:
+    """What is probably not meant, but may be: a line each, for a user to read before the run goes on."""
+    return list(remark_on_prompts(config.data, config.reward))
 
 
 def _read_model(path: str) -> tuple[dict[str, Any] | None, list[str]]:
@@ -164,6 +181,10 @@ def _check_reward(r: RewardConfig) -> Iterator[str]:
             f"reward.correct={r.correct} must exceed reward.incorrect={r.incorrect}, or right answers are not preferred; "
             "the paper's are 1 and -1"
         )
+    functions = {"reward.function": r.function} | {f"reward.extra.{k}.function": v.function for k, v in r.extra.items()}
+    for name, function in functions.items():
+        if function and not FUNCTION.fullmatch(function):
+            yield f"{name}={function!r} must be package.module:name, or an http(s) address: my_package.rewards:my_function"
 
 
 def _check_data(config: RunConfig) -> Iterator[str]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_dapo.config.schema import DataConfig, RunConfig
+from nemo_dapo.config.schema import DataConfig, RewardConfig, RunConfig
 
 
 @dataclass
@@ -22,13 +28,93 @@ class OpenDataConfig(DataConfig):
 
 
 @dataclass
+class OpenRewardConfig(RewardConfig):
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class OpenRunConfig(RunConfig):
     data: DataConfig = field(default_factory=OpenDataConfig)
+    reward: RewardConfig = field(default_factory=OpenRewardConfig)
+
+
+OPEN = re.compile(r"\bOpen(?=(Run|Data|Reward)Config\b)")  # users know the classes of schema.py
 
 
 def register() -> None:
-    """Make the schema known to Hydra as `schema`, the first entry of every top-level YAML's defaults list."""
-    ConfigStore.instance().store(name="schema", node=OpenRunConfig)
+    """Make the schema known to Hydra as `schema`, the first entry of every top-level YAML's defaults list.
+
+    Its free dicts (sets of data, reward terms, options of Megatron-core and vLLM) take new keys without Hydra's `+`.
+    """
+    node = OmegaConf.structured(OpenRunConfig)
+    _open_dicts(node)
+    ConfigStore.instance().store(name="schema", node=node)
+
+
+def _open_dicts(node: DictConfig) -> None:
+    for name in node:
+        child = node._get_node(name)
+        if isinstance(child, DictConfig):
+            if is_dataclass(OmegaConf.get_type(child)):
+                _open_dicts(child)
+            else:
+                OmegaConf.set_struct(child, False)
+
+
+def compose_file(config: Path, overrides: list[str]) -> DictConfig:
+    """What the YAML file `config` and the `overrides` of a command line compose to, neither resolved nor complete.
+
+    Raises ValueError in one line that names the key and its remedy.
+    """
+    try:
+        with initialize_config_dir(str(config.parent), version_base="1.1"):
+            return compose(config.stem, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
+
+
+def asked_to_print(config: Path, arguments: list[str]) -> str | None:
+    """The text that `--help` or `--cfg job` asks for; None for a run. Hydra's own way to it takes NeMo's slow imports.
+
+    Raises ValueError for a multirun, which would start every run from another folder.
+    """
+    asked = get_args_parser().parse_args(arguments)
+    if asked.multirun:
+        raise ValueError(
+            "-m (--multirun) is not supported here; start one command for each run, each with its own name="
+        )
+    if asked.help:
+        return _help(config)
+    if asked.cfg != "job" or asked.config_name or asked.config_path or asked.config_dir:
+        return None
+    return _yaml(compose_file(config, asked.overrides), asked)
+
+
+def _yaml(composed: DictConfig, asked: argparse.Namespace) -> str:
+    try:
+        chosen = OmegaConf.select(composed, asked.package) if asked.package else composed
+        if not isinstance(chosen, DictConfig):
+            raise ValueError(f"--package {asked.package} must name a group of options, such as algorithm")
+        return OmegaConf.to_yaml(chosen, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error)) from error
+
+
+def _help(config: Path) -> str:
+    groups: dict[str, list[str]] = {}
+    for file in sorted(config.parent.glob("*/*.yaml")):
+        groups.setdefault(file.parent.name, []).append(file.stem)
+    lines = [
+        "Options are key=value, such as algorithm.group_size=8; groups of them are chosen by group=name:",
+        "",
+        *(f"  {group:<12} {', '.join(names)}" for group, names in groups.items()),
+        "",
+        "  --cfg job    prints all options as this command line resolves them (with --package algorithm, those below it)",
+        "  python -m nemo_dapo.config.reference    prints the meaning, type, range and default of each",
+        "",
+        f"{config} names the defaults.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def typed(config: DictConfig) -> RunConfig:
@@ -47,7 +133,7 @@ def explain(error: Exception) -> str:
     """One line for what Hydra or OmegaConf found wrong: the key, the reason and, for a misspelt key, the nearest one."""
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, OmegaConfBaseException):
-        reason = str(cause).splitlines()[0].replace(OpenRunConfig.__name__, RunConfig.__name__)
+        reason = OPEN.sub("", str(cause).splitlines()[0])
         return f"{cause.full_key or 'configuration'}: {reason}{_nearest(cause)}"
     reason = str(error).partition("Config search path")[0]  # where Hydra looked does not help: conf/ is the only place
     where = getattr(error, "override", None) or "configuration"  # of an argument that Hydra cannot parse

@@ -78,7 +78,8 @@ class OptimizerConfig:
     adam_beta1: float = number(0.9, at_least=0, below=1)  # decay of the gradient's running mean
     adam_beta2: float = number(0.999, at_least=0, below=1)  # decay of the squared gradient's running mean
     adam_eps: float = number(1e-8, above=0, below=1)  # added to the denominator
-    warmup_steps: int = number(160, at_least=0)  # optimizer steps: the public recipe's 10 rollout steps x 16 updates
+    # optimizer steps: the public recipe's 10 rollout steps x 16 updates; the first update has rate 0, as Megatron counts
+    warmup_steps: int = number(160, at_least=0)
     decay_steps: int = number(0, at_least=0)  # optimizer steps from the start to `min_lr`; 0 = never decays
     decay_style: DecayStyle = DecayStyle.constant  # of the learning rate after the warm-up
     max_refused_updates: int = number(3, at_least=1)  # non-finite gradients in a row after which the run stops
@@ -131,7 +132,7 @@ class DataSetConfig:
 class DataConfig:
     train: dict[str, DataSetConfig] = field(default_factory=dict)  # training sets, each under a name of your own
     eval: dict[str, DataSetConfig] = field(default_factory=dict)  # evaluation sets, each under a name of your own
-    template: str = "dapo"  # a name in nemo_dapo.data.template, or text with {problem}
+    template: str = "dapo"  # dapo (the public recipe's), plain, or a text with {problem}
     system_prompt: str = ""  # before each problem that brings none
     use_chat_template: bool = True  # the tokenizer's; without one, or with false, the turns stand one after another
     chat_template_options: dict[str, Any] = field(default_factory=dict)  # such as enable_thinking: false
@@ -157,7 +158,8 @@ class RewardConfig:
     style: RewardStyle = (
         RewardStyle.math
     )  # math judges mathematically; dapo is the public recipe's strict `Answer:` rule
-    function: str = ""  # package.module:name instead of the style's verifier; decides `correct`
+    # package.module:name instead of the style's verifier; decides `correct`: true, or for a number above 0
+    function: str = ""
     extra: dict[str, RewardTermConfig] = field(default_factory=dict)  # add to the score, never to the verdict
     correct: float = number(1.0, at_least=-MAX_SCORE, at_most=MAX_SCORE)  # score of a right answer
     incorrect: float = number(-1.0, at_least=-MAX_SCORE, at_most=MAX_SCORE)  # score of a wrong answer

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_dapo.config import DataSetConfig
+from nemo_dapo.config.prompts import DAPO
 from nemo_dapo.data.columns import to_problem
 from nemo_dapo.data.problem import Problem
 from nemo_dapo.data.rows import read_rows
-from nemo_dapo.data.template import DAPO
 
 COLUMNS = {
     "problem": "prompt",

@@ -8,26 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nemo_dapo.config import DataConfig
+from nemo_dapo.config.prompts import DAPO, resolve_template
 from nemo_dapo.data.problem import Message, Problem
 from nemo_dapo.types import Prompt
-
-# The user turn of the public recipe, already written into DAPO-Math-17k's `prompt` column.
-DAPO = (
-    "Solve the following math problem step by step. The last line of your response should be of the form "
-    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
-    'Remember to put your answer on its own line after "Answer:".'
-)
-TEMPLATES = {"dapo": DAPO, "plain": "{problem}"}
-
-
-def resolve_template(template: str) -> str:
-    """A name of TEMPLATES, or a text with {problem}, as text. Raises ValueError for anything else."""
-    text = TEMPLATES.get(template, template)
-    if text.count("{problem}") != 1:
-        raise ValueError(
-            f"data.template={template!r} must be one of {', '.join(TEMPLATES)} or a text with {{problem}} in it once"
-        )
-    return text
 
 
 @dataclass(frozen=True)
