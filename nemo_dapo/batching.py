@@ -174,8 +174,16 @@ def scatter_logprobs(microbatches: Sequence[MicroBatch], logprobs: Sequence[Tens
     return out
 
 
-def minibatches(batch: TrainBatch, size: int) -> list[Tensor]:
-    """Sequence indices of each optimizer step: consecutive runs of `size`, so that a group stays together; the last run
-    takes what is left when dynamic sampling found fewer groups than asked for."""
-    indices = torch.arange(batch.num_sequences)
-    return list(torch.split(indices, size)) if batch.num_sequences else []
+def minibatches(batch: TrainBatch, size: int, group_size: int) -> list[Tensor]:
+    """Sequence indices of each optimizer step: as few runs as hold at most `size` sequences each, and equally long.
+
+    When dynamic sampling found a little more than a multiple of `size`, runs of `size` would leave a last one of a group or
+    two: an update on a noisy gradient with the full learning rate, because each divides by its own tokens. Runs are of
+    whole groups, and then differ by one group at most; a `size` that cuts through groups anyway counts in sequences.
+    """
+    if not batch.num_sequences:
+        return []
+    unit = 1 if size % group_size else group_size
+    indices = torch.arange(batch.num_sequences).view(-1, unit)
+    runs = torch.tensor_split(indices, -(-batch.num_sequences // size))
+    return [run.flatten() for run in runs]

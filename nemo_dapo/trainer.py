@@ -65,7 +65,7 @@ class DAPOTrainer:
             with self.timed("step"):
                 batch, rollout = self.collect()  # lines 2 and 4 to 9
                 old_logprobs = self.old_logprobs(batch)  # line 3
-                for chosen in minibatches(batch, self.config.algorithm.minibatch_size):  # line 10
+                for chosen in self.minibatches(batch):  # line 10
                     self.update(batch, chosen, old_logprobs, rollout)  # line 11
                 self.progress.rollout_steps += 1
                 self.sync_weights()
@@ -74,6 +74,10 @@ class DAPOTrainer:
             self.log()
 
     # ---------------------------------------------------------------- one step
+
+    def minibatches(self, batch: TrainBatch) -> list[Tensor]:
+        """The sequences of each optimizer step."""
+        return minibatches(batch, self.config.algorithm.minibatch_size, self.config.algorithm.group_size)
 
     def collect(self) -> tuple[TrainBatch, Rollout | None]:
         """The same batch on every rank; the groups behind it on rank 0 only."""

@@ -174,16 +174,43 @@ def test_scattering_undoes_packing(shapes: list[tuple[int, int]], ranks: int, mu
     assert torch.equal(total, torch.where(is_response, values, 0.0))
 
 
-def test_minibatches_are_consecutive_and_the_last_takes_what_is_left() -> None:
-    batch = batch_of([2] * 7, [1] * 7)
-    assert [m.tolist() for m in minibatches(batch, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert [m.tolist() for m in minibatches(batch, 7)] == [list(range(7))]
-    assert [m.tolist() for m in minibatches(batch, 64)] == [list(range(7))]
+def sizes_of(sequences: int, size: int, group_size: int) -> list[int]:
+    return [len(m) for m in minibatches(batch_of([2] * sequences, [1] * sequences), size, group_size)]
+
+
+def test_minibatches_are_consecutive_runs() -> None:
+    batch = batch_of([2] * 6, [1] * 6)
+    assert [m.tolist() for m in minibatches(batch, 2, 2)] == [[0, 1], [2, 3], [4, 5]]
+    assert [m.tolist() for m in minibatches(batch, 3, 2)] == [[0, 1, 2], [3, 4, 5]]  # the size cuts through groups
+    assert [m.tolist() for m in minibatches(batch, 64, 2)] == [list(range(6))]
+
+
+def test_a_group_too_many_is_spread_over_the_updates() -> None:
+    assert sizes_of(33 * 16, 512, 16) == [17 * 16, 16 * 16]  # not 512 and 16
+    assert sizes_of(5 * 4, 8, 4) == [8, 8, 4]  # 5 groups over 3 updates: whole groups cannot be more even
+    assert sizes_of(7, 3, 1) == [3, 2, 2]
+    assert sizes_of(3 * 4, 6, 4) == [6, 6]
+    assert sizes_of(5 * 4, 6, 4) == [5, 5, 5, 5]
+
+
+@given(groups=st.integers(1, 40), group_size=st.integers(2, 5), size=st.integers(1, 30))
+@settings(deadline=None)
+def test_minibatches_are_few_even_whole_and_within_the_size(groups: int, group_size: int, size: int) -> None:
+    total = groups * group_size
+    found = sizes_of(total, size, group_size)
+    assert sum(found) == total
+    assert len(found) == -(-total // size)  # the number of updates, and so the learning rate, as without spreading
+    assert max(found) <= size
+    whole = size % group_size == 0
+    assert max(found) - min(found) <= (group_size if whole else 1)
+    assert not whole or all(one % group_size == 0 for one in found)
+    if total % size == 0:
+        assert found == [size] * (total // size)
 
 
 def test_an_empty_batch_has_no_minibatches() -> None:
     empty = make_batch([], torch.zeros(0, 2))
-    assert minibatches(empty, 4) == []
+    assert minibatches(empty, 4, 2) == []
     assert empty.tokens.dtype == torch.int64
 
 
