@@ -15,6 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_dapo.config import RunConfig
+from nemo_dapo.config.model_family import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -138,6 +139,11 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
     here = {path.relative_to(ROOT) for path in (ROOT / "nemo_dapo").iterdir() if not path.name.startswith("__")}
     missing = sorted(map(str, here - named))
     assert not missing
+
+
+def test_the_readme_lists_the_models_that_train() -> None:
+    named = set(re.findall(r"`(\w+ForCausalLM)`", (ROOT / "README.md").read_text()))
+    assert named == {family.architecture for family in FAMILIES.values()}
 
 
 @cache
