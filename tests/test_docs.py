@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
+import math
 import re
+import shlex
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -14,7 +17,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_dapo.config import RunConfig
+from nemo_dapo.config import RunConfig, compose_file, register, typed, validate, validate_evaluation
 from nemo_dapo.config.model_family import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +27,7 @@ SECTIONS = [option.name for option in fields(RunConfig)]
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"`([^`\n]+)`")
 
+register()
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -122,6 +126,38 @@ def test_python_and_yaml_blocks_can_be_read(page: Path) -> None:
             ast.parse(textwrap.dedent(block))
         if language == "yaml":
             assert OmegaConf.create(textwrap.dedent(block))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command in a fenced block that starts one of our scripts; a `…` stands for more of them."""
+    lines = "\n".join(block for _, block in FENCE.findall(page.read_text())).replace("\\\n", " ").splitlines()
+    return [
+        shlex.split(line.replace("…", ""))
+        for line in lines
+        if "examples/train_dapo.py" in line or "examples/evaluate.py" in line
+    ]
+
+
+@every_page
+def test_every_command_would_pass_the_checks_of_its_options(page: Path, large_model: Path) -> None:
+    for words in commands(page):
+        script = next(i for i, word in enumerate(words) if word.startswith("examples/"))
+        given = [word for word in words[script + 1 :] if "=" in word and not word.startswith("evaluation.checkpoint")]
+        is_training = "train" in words[script]
+        yaml = ROOT / "conf" / ("config.yaml" if is_training else "evaluate.yaml")
+        config = typed(compose_file(yaml, [*given, f"model.path={large_model}"]))
+        counts = [int(words[words.index(option) + 1]) for option in ("--nnodes", "--nproc-per-node") if option in words]
+        (validate if is_training else validate_evaluation)(config, math.prod(counts))
+
+
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checks read config.json alone; this one is Qwen2.5-32B's."""
+    folder = tmp_path_factory.mktemp("Qwen2.5-32B")
+    sizes = {"hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8, "num_hidden_layers": 64}
+    rest = {"architectures": ["Qwen2ForCausalLM"], "vocab_size": 152064, "max_position_embeddings": 131072}
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **sizes, **rest}))
+    return folder
 
 
 def test_the_tree_in_the_readme_is_the_tree() -> None:

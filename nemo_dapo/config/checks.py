@@ -63,7 +63,7 @@ def validate_evaluation(config: RunConfig, world_size: int) -> None:
     if not config.data.eval:
         problems.append(
             "data.eval is empty; choose sets (benchmark=[aime24,math500]) or name one: "
-            "+data.eval.mine={format: columns, path: …}"
+            "data.eval.mine={format: columns, path: …}"
         )
     if world_size > 1:
         problems.append(
@@ -189,7 +189,7 @@ def _check_reward(r: RewardConfig) -> Iterator[str]:
 
 def _check_data(config: RunConfig) -> Iterator[str]:
     if not config.data.train:
-        yield "data.train is empty; choose a group (data=gsm8k) or name a set: +data.train.mine={format: columns, path: …}"
+        yield "data.train is empty; choose a group (data=gsm8k) or name a set: data.train.mine={format: columns, path: …}"
     if config.evaluation.every and not config.data.eval:
         yield f"evaluation.every={config.evaluation.every} but data.eval is empty; name a set, or set it to 0"
 
