@@ -75,16 +75,19 @@ def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack) -> Futu
     from nemo_dapo.rewards.pool import RewardPool
     from nemo_dapo.rollout.engine import VLLMEngine
     from nemo_dapo.telemetry.manifest import write_manifest
+    from nemo_dapo.telemetry.sinks import start_anew
 
     model_path = Path(config.model.path)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     data = load_run_data(config.data, tokenizer, config.rollout.max_prompt_length)
     for report in data.reports:
         print(report, flush=True)
+    resumed = checkpoint.latest(run_dir / "checkpoints") if config.checkpoint.resume is schema.Resume.auto else None
+    if resumed is None:
+        start_anew(run_dir)
     write_manifest(run_dir / "manifest.json", config, data.reports)
     loader = PromptLoader(data.train, config.seed, Curriculum(config.data.skip_solved_visits))
     rewarder = stack.enter_context(RewardPool.from_config(config.reward, printed=run_dir / "rewards.log"))
-    resumed = checkpoint.latest(run_dir / "checkpoints") if config.checkpoint.resume is schema.Resume.auto else None
     sinks = make_sinks(config, run_dir, resumed)
     stack.callback(sinks.close)
     eval_sets = {one.name: one.prompts for one in data.eval}

@@ -20,7 +20,7 @@ from nemo_dapo.interfaces import Rewarder, RolloutEngine
 from nemo_dapo.rewards.shaping import score_of
 from nemo_dapo.sampling import Collected, GroupSampler
 from nemo_dapo.telemetry.rollouts import write_rollouts
-from nemo_dapo.telemetry.sinks import Sink, console_line
+from nemo_dapo.telemetry.sinks import Console, Sink
 from nemo_dapo.types import Group, Prompt, SamplingParams, TrainBatch
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Controller:
     ) -> None:
         self.config, self.run_dir = config, run_dir
         self.engine, self.rewarder, self.loader = engine, rewarder, loader
-        self.eval_sets, self.sink = eval_sets, sink
+        self.eval_sets, self.sink, self.console = eval_sets, sink, Console(config.trainer.max_steps)
         rollout, algorithm = config.rollout, config.algorithm
         self.sampler = GroupSampler(
             engine,
@@ -60,6 +60,8 @@ class Controller:
             params=SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_length),
             dynamic_sampling=algorithm.dynamic_sampling,
             max_attempts=algorithm.max_attempts,
+            max_error_rate=config.reward.max_error_rate,
+            max_empty_steps=algorithm.max_empty_steps,
             timeout=rollout.request_timeout,
         )
 
@@ -146,7 +148,7 @@ class Controller:
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """One record to every sink, one line to the human."""
         self.sink.log(step, metrics)
-        print(console_line(metrics, step=step, max_steps=self.config.trainer.max_steps), flush=True)
+        print(self.console.line(step, metrics), flush=True)
 
     def export_statistics(self) -> None:
         """How often each problem was solved so far, to `solve_statistics.jsonl`."""

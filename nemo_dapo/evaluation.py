@@ -128,7 +128,7 @@ class EvaluationResult:
         """One problem a line, whole or not at all."""
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as file:
             for result in self.problems:
-                file.write(json.dumps(_jsonl_row(result), ensure_ascii=False) + "\n")
+                file.write(json.dumps(_jsonl_row(result)) + "\n")
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -31,6 +31,7 @@ import torch
 
 from nemo_dapo.algorithm import is_informative
 from nemo_dapo.interfaces import PromptLoader, Rewarder, RolloutEngine
+from nemo_dapo.stopping import check_progress, check_verifier, in_words
 from nemo_dapo.types import Group, Prompt, Sample, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ class DropReason(Enum):
     verifier_error = "verifier_error"
     aborted = "aborted"  # the engine stopped the group; its prompt is sampled again in the next step
     surplus = "surplus"  # not needed: came after the last accepted group; likewise sampled again
+
+
+USELESS = (DropReason.all_wrong, DropReason.all_right, DropReason.verifier_error, DropReason.aborted)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,11 @@ class Collected:
         return sum(d.reason is reason for d in self.dropped)
 
     @property
+    def useless(self) -> dict[str, int]:
+        """How many groups within the step were dropped, by reason."""
+        return {reason.value: self.count(reason) for reason in USELESS}
+
+    @property
     def judged(self) -> list[Group]:
         """The groups up to the last accepted one that were sampled to their end, kept or not: an unbiased sample."""
         unjudged = (DropReason.aborted, DropReason.surplus)
@@ -107,6 +116,7 @@ class Collected:
             "rollout/groups_sampled": float(len(self.groups) + len(self.dropped)),
             "rollout/acceptance_rate": len(self.groups) / max(len(self.judged), 1),
             "rollout/exhausted": float(self.exhausted),
+            "rollout/verifier_errors": float(sum(g.num_errors for g in self.judged)),
             "rollout/accuracy": _mean(float(v.correct) for v in verdicts),
             "rollout/truncated": _mean(float(s.truncated) for s in samples),
             "rollout/mean_length": _mean(len(s.token_ids) for s in samples),
@@ -140,7 +150,8 @@ class GroupSampler:
     """Collects the groups of a step. Holds no event loop: call `asyncio.run(sampler.collect(n))` once a step.
 
     A step samples at most `max_attempts * n` groups. `timeout` is the longest time, in seconds, in which no group at all
-    may finish. `on_progress(accepted, sampled)` is called after each finished group.
+    may finish. `max_error_rate` and `max_empty_steps` are the limits of `stopping`, 1 and 0 the absence of any.
+    `on_progress(accepted, sampled)` is called after each finished group.
     """
 
     def __init__(
@@ -153,6 +164,8 @@ class GroupSampler:
         params: SamplingParams,
         dynamic_sampling: bool = True,
         max_attempts: float = 10.0,
+        max_error_rate: float = 1.0,
+        max_empty_steps: int = 0,
         timeout: float = 3600.0,
         retries: int = 1,
         on_progress: Callable[[int, int], None] | None = None,
@@ -162,17 +175,19 @@ class GroupSampler:
         self.engine, self.rewarder, self.loader = engine, rewarder, loader
         self.group_size, self.params = group_size, params
         self.dynamic_sampling, self.max_attempts = dynamic_sampling, max_attempts
+        self.max_error_rate, self.max_empty_steps = max_error_rate, max_empty_steps
         self.timeout, self.retries, self.on_progress = timeout, retries, on_progress
         self.acceptance_rate = 0.5 if dynamic_sampling else 1.0
         self.next_index = 0
-        self.counters = {"groups_judged": 0, "groups_kept": 0, "steps_exhausted": 0}
+        self.counters = {"groups_judged": 0, "groups_kept": 0, "steps_exhausted": 0, "empty_steps_in_a_row": 0}
         self._pending: deque[Prompt] = deque()  # taken from the loader and not judged yet: they come first
 
     async def collect(self, num_groups: int) -> Collected:
         """The next `num_groups` informative groups, or as many as the bound on attempts allowed.
 
         Raises TimeoutError when nothing finishes for `timeout` seconds and RuntimeError when engine or rewarder fail;
-        both name the prompts. After an error the sampler is as it was before the call.
+        both name the prompts. RuntimeError also for what `stopping` refuses to go on with. After an error the sampler is as
+        it was before the call.
         """
         if num_groups < 1:
             raise ValueError(f"num_groups={num_groups} must be at least 1")
@@ -184,12 +199,20 @@ class GroupSampler:
                 if not step.running:
                     break
                 await self._absorb(step)
+                if step.began_without_a_verdict():  # known long before the last attempt
+                    check_verifier(step.first_groups(), self.max_error_rate)
             await step.stop()
+            collected, again = step.result()
+            empty_steps = 0 if collected.groups else self.counters["empty_steps_in_a_row"] + 1
+            check_verifier(collected.judged, self.max_error_rate)
+            check_progress(empty_steps, self.max_empty_steps, collected.useless)
         except BaseException:
             self._pending.extendleft(reversed(step.prompts))
             await step.stop()
             raise
-        return self._settle(step)
+        self._settle(step, collected, again)
+        self.counters["empty_steps_in_a_row"] = empty_steps
+        return collected
 
     def _top_up(self, step: _Step) -> None:
         """Submit until the groups in flight are expected to bring what is still missing."""
@@ -227,13 +250,12 @@ class GroupSampler:
         if self.on_progress is not None:
             self.on_progress(min(len(step.kept), step.num_groups), len(step.finished))
 
-    def _settle(self, step: _Step) -> Collected:
+    def _settle(self, step: _Step, collected: Collected, again: list[Prompt]) -> None:
         """Cut the step after its last accepted group; what lies beyond is surplus and returns to the queue.
 
         Carrying surplus over instead (max_staleness > 0) belongs here: finished informative groups would be kept for the
         next step's `_Step.kept` rather than dropped, and `_Step.cancel_surplus` would let the others run on.
         """
-        collected, again = step.result()
         judged = len(collected.judged)
         self.acceptance_rate = _smoothed(self.acceptance_rate, len(collected.groups), judged)
         self.next_index = step.first_index + step.end
@@ -243,10 +265,10 @@ class GroupSampler:
         self.counters["steps_exhausted"] += collected.exhausted
         if collected.exhausted:
             logger.warning(
-                "%d of %d groups are informative after %d attempts (algorithm.max_attempts=%g): training on those",
-                *(len(collected.groups), step.num_groups, step.limit, self.max_attempts),
+                "%d of %d groups can be trained on after %d attempts (algorithm.max_attempts=%g), %s: %s",
+                *(len(collected.groups), step.num_groups, step.limit, self.max_attempts, in_words(collected.useless)),
+                "training on those" if collected.groups else "no update in this step",
             )
-        return collected
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts. Belongs with the loader's: it is ahead by the pending prompts."""
@@ -262,7 +284,7 @@ class GroupSampler:
         self._pending = deque(pending)
         self.next_index = state["next_index"]
         self.acceptance_rate = state["acceptance_rate"]
-        self.counters = dict(state["counters"])
+        self.counters |= state["counters"]
 
 
 @dataclass
@@ -296,6 +318,17 @@ class _Step:
     def end(self) -> int:
         """One past the last position that can enter the batch."""
         return self.kept[self.num_groups - 1] + 1 if self.full else len(self.prompts)
+
+    def first_groups(self) -> list[Group]:
+        """Those of the first `num_groups` positions that are finished: once all are, no timing can change them."""
+        return [self.finished[position] for position in range(self.num_groups) if position in self.finished]
+
+    def began_without_a_verdict(self) -> bool:
+        """Whether the verifier failed on every sample of the first `num_groups` groups."""
+        if len(self.finished) < self.num_groups or not all(group.num_errors for group in self.finished.values()):
+            return False
+        first = self.first_groups()
+        return len(first) == self.num_groups and all(g.num_errors == len(g.verdicts) for g in first)
 
     def wanted_in_flight(self) -> int:
         missing = self.num_groups - len(self.kept)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pytest
 
 from nemo_dapo.sampling import PRIOR_GROUPS, Collected, DropReason, GroupSampler, judge
+from nemo_dapo.stopping import check_verifier
 from nemo_dapo.types import Group, Prompt, Sample, SamplingParams, Verdict
 
 G = 4
@@ -179,6 +180,93 @@ def test_an_aborted_group_is_dropped_and_its_prompt_comes_first_in_the_next_step
     assert indices(run(sampler.collect(2))) == [1, 3]
 
 
+# When nothing can be learned
+
+
+def test_a_verifier_that_always_fails_stops_the_step_as_soon_as_its_first_groups_show_it() -> None:
+    engine = Engine(scripted("k"), errors=lambda i: G)
+    sampler = make(engine, max_error_rate=0.5)
+    with pytest.raises(RuntimeError, match=r"failed on 16 of 16 samples.*max_error_rate=0\.5.*16 x verifier timed out"):
+        run(sampler.collect(4))
+    assert len(engine.finished) < 40, "not all of the ten times four attempts"
+    assert sampler.next_index == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("errors_every", "stops"), [(2, True), (3, False)])
+def test_a_share_of_errors_above_the_limit_stops_the_run_whatever_the_timing(
+    errors_every: int, stops: bool, seed: int
+) -> None:
+    """Every second (third) problem fails on 3 of 4 samples: 3/8 and 1/4 of all samples."""
+    engine = Engine(scripted("k"), random_latency(seed), errors=lambda i: 3 * (i % errors_every == 0))
+    sampler = make(engine, max_error_rate=0.3)
+    if stops:
+        with pytest.raises(RuntimeError, match=r"the verifier failed on 45 of 120 samples"):
+            run(sampler.collect(15))  # positions 0, 2, ..., 28 fail: 15 of 30
+    else:
+        assert len(run(sampler.collect(15)).groups) == 15
+
+
+def test_an_error_rate_of_one_never_stops_a_run() -> None:
+    collected = run(make(Engine(scripted("k"), errors=lambda i: G), max_error_rate=1.0).collect(2))
+    assert collected.groups == ()
+    assert collected.metrics()["rollout/verifier_errors"] == 20 * G
+
+
+def test_what_an_error_text_holds_cannot_steer_the_terminal_it_is_shown_on() -> None:
+    samples = tuple(Sample((1,), (0.0,), "", "stop") for _ in range(G))
+    group = Group(Loader().next(), samples, (Verdict(False, error="bad \x1b[2J\u202e" + "x" * 10_000),) * G)
+    with pytest.raises(RuntimeError) as stopped:
+        check_verifier([group], 0.5)
+    assert r"bad \x1b[2J\u202e" in str(stopped.value)
+    assert len(str(stopped.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "errors", "words", "remedy"),
+    [
+        ("w", 0, "20 all wrong, 0 all right, 0 verifier error, 0 aborted", "read some responses"),
+        ("rrrw", 0, "5 all wrong, 15 all right, 0 verifier error, 0 aborted", "take harder ones"),
+        ("w", 1, "0 all wrong, 0 all right, 20 verifier error, 0 aborted", "mend the reward"),
+    ],
+)
+def test_steps_in_a_row_without_a_group_to_train_on_stop_the_run_and_say_why(
+    outcomes: str, errors: int, words: str, remedy: str
+) -> None:
+    sampler = make(Engine(scripted(outcomes), errors=lambda i: errors), max_empty_steps=3)
+    assert [run(sampler.collect(2)).groups for _ in range(2)] == [(), ()]
+    with pytest.raises(RuntimeError, match=r"3 steps in a row had no group to train on") as stopped:
+        run(sampler.collect(2))
+    assert words in str(stopped.value)
+    assert remedy in str(stopped.value)
+
+
+def test_empty_steps_count_in_a_row_only_and_through_a_resume() -> None:
+    engine = Engine(lambda i: 2 if i in (20, 21) else 0)  # the second step of 2 x 10 attempts finds its two groups
+    sampler = make(engine, max_empty_steps=2)
+    assert [len(run(sampler.collect(2)).groups) for _ in range(3)] == [0, 2, 0]
+    resumed = make(engine, max_empty_steps=2)
+    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    with pytest.raises(RuntimeError, match="2 steps in a row"):
+        run(resumed.collect(2))
+
+
+def test_a_checkpoint_without_the_count_of_empty_steps_is_read() -> None:
+    state = make(Engine(scripted("k"))).state_dict()
+    del state["counters"]["empty_steps_in_a_row"]
+    sampler = make(Engine(scripted("w")), max_empty_steps=1)
+    sampler.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="1 steps in a row"):
+        run(sampler.collect(1))
+
+
+@pytest.mark.parametrize(("outcomes", "words"), [("kwww", "training on those"), ("w", "no update in this step")])
+def test_training_on_those_is_said_only_of_some(outcomes: str, words: str, caplog: pytest.LogCaptureFixture) -> None:
+    run(make(Engine(scripted(outcomes)), max_attempts=1).collect(4))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.endswith(words)
+
+
 # Order and determinism
 
 
@@ -294,7 +382,12 @@ def test_a_step_without_one_informative_group_is_empty_and_never_crashes() -> No
         assert collected.groups == ()
         assert collected.exhausted
     assert collected.count(DropReason.all_wrong) == collected.count(DropReason.all_right) == 2
-    assert sampler.counters == {"groups_judged": 12, "groups_kept": 0, "steps_exhausted": 3}
+    assert sampler.counters == {
+        "groups_judged": 12,
+        "groups_kept": 0,
+        "steps_exhausted": 3,
+        "empty_steps_in_a_row": 3,
+    }
     assert all(value == value for name, value in collected.metrics().items() if name != "rollout/mean_length_kept")
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nemo_dapo.telemetry.metrics import Last, Max, Mean, Min, Record, Sum, merge, merge_across_ranks, values
-from nemo_dapo.telemetry.sinks import MetricsJsonl, Sinks, TensorBoardSink, WandbSink, console_line
+from nemo_dapo.telemetry.sinks import Console, MetricsJsonl, Sinks, TensorBoardSink, WandbSink, duration, start_anew
 
 # Metrics
 
@@ -142,10 +142,23 @@ def test_a_broken_line_in_the_middle_is_reported_and_nothing_is_lost(tmp_path: P
     assert path.read_text() == text
 
 
-def test_a_fresh_run_sets_the_old_file_aside(tmp_path: Path) -> None:
-    path = written(written(tmp_path / "m.jsonl", range(1, 4)), range(1, 2))
-    assert len(read(path)) == 1
-    assert len(read(tmp_path / "m.jsonl.previous")) == 3
+def test_a_run_that_starts_anew_sets_every_record_of_the_earlier_ones_aside_and_loses_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in (1, 2, 3):
+        start_anew(tmp_path)
+        written(tmp_path / "metrics.jsonl", range(1, 1 + run))
+        curves = TensorBoardSink(tmp_path / "tensorboard")
+        curves.log(run, {"train/loss": float(run)})
+        curves.close()
+        if run != 2:  # the number is common to all records of a run: the second leaves a gap
+            (tmp_path / "wandb_id").write_text(f"id{run}")
+    assert [len(read(tmp_path / f"metrics.jsonl{end}")) for end in (".previous1", ".previous2", "")] == [1, 2, 3]
+    for end, run in ((".previous1", 1), (".previous2", 2), ("", 3)):
+        assert curve(tmp_path / f"tensorboard{end}", "train/loss") == [(run, float(run))]
+    assert sorted(p.name for p in tmp_path.glob("wandb_id*")) == ["wandb_id", "wandb_id.previous1"]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" ")[2] for line in said] == ["*.previous1", "*.previous2"]
 
 
 # Other sinks
@@ -241,6 +254,7 @@ STEP = {
     "rollout/groups_sampled": 24.0,
     "rollout/mean_length": 41.4,
     "train/entropy": 0.312,
+    "train/lr": 1.5e-4,
     "train/loss": -0.0121,
     "train/grad_norm": 0.208,
     "rollout/logprob_gap": 2.9e-6,
@@ -252,14 +266,18 @@ STEP = {
 }
 
 
+def console_line(record: dict[str, float], *, step: int, max_steps: int) -> str:
+    return Console(max_steps, clock=lambda: 0.0).line(step, record)
+
+
 def test_the_line_says_everything_in_order() -> None:
     assert console_line(STEP, step=12, max_steps=200) == (
-        "step 12/200 | acc 0.63 | reward 0.26 | kept 16/24 | len 41 | entropy 0.31 | loss -0.012 | grad 0.21 | gap 3e-6 | "
-        "5,012 tok/s | rollout 1.9s update 0.8s sync 0.1s | 2.9 s/step"
+        "step 12/200 | acc 0.63 | reward 0.26 | kept 16/24 | len 41 | entropy 0.31 | grad 0.21 | lr 1.5e-4 | gap 3e-6 | "
+        "5,012 tok/s | rollout 1.9s update 0.8s sync 0.1s | 2.9 s/step, 9 min left"
     )
 
 
-@pytest.mark.parametrize("missing", STEP)
+@pytest.mark.parametrize("missing", [key for key in STEP if key != "train/loss"])
 def test_what_is_missing_is_left_out(missing: str) -> None:
     whole = console_line(STEP, step=1, max_steps=2)
     line = console_line({k: v for k, v in STEP.items() if k != missing}, step=1, max_steps=2)
@@ -272,5 +290,28 @@ def test_a_step_without_an_update_still_has_a_line() -> None:
 
 
 def test_odd_numbers_are_shown_as_they_are() -> None:
-    record = {"train/loss": math.nan, "train/grad_norm": math.inf, "rollout/logprob_gap": 0.0}
-    assert console_line(record, step=0, max_steps=2) == "step 0/2 | loss nan | grad inf | gap 0e+0"
+    record = {"rollout/accuracy": math.nan, "train/grad_norm": math.inf, "rollout/logprob_gap": 0.0, "train/lr": 0.0}
+    assert console_line(record, step=0, max_steps=2) == "step 0/2 | acc nan | grad inf | lr 0e+0 | gap 0e+0"
+
+
+def test_trouble_is_said_when_there_is_some() -> None:
+    quiet = {"rollout/verifier_errors": 0.0, "progress/refused_updates": 0.0}
+    assert console_line(quiet, step=1, max_steps=2) == "step 1/2"
+    loud = {"rollout/verifier_errors": 3.0, "progress/refused_updates": 1.0}
+    assert console_line(loud, step=1, max_steps=2) == "step 1/2 | VERIFIER ERRORS 3 | REFUSED UPDATES 1"
+
+
+def test_seconds_a_step_and_the_time_left_count_evaluation_and_saving() -> None:
+    """The clock at each line: what passed since the last one is the step, whatever the trainer timed of it."""
+    times = iter([100.0, 103.0, 110.0, 117.0])
+    console = Console(10, clock=lambda: next(times))
+    step = {"time/step": 2.0}
+    assert console.line(0, {"eval/accuracy": 0.5}) == "step 0/10 | eval 0.500"
+    assert console.line(1, step) == "step 1/10 | 3.0 s/step, 27 s left"
+    assert console.line(2, step) == "step 2/10 | 7.0 s/step, 40 s left"  # 5 s on average
+    assert console.line(10, step) == "step 10/10 | 7.0 s/step"
+
+
+def test_a_duration_is_given_in_the_units_one_would_say() -> None:
+    seconds = (0.4, 45, 119, 600, 3600 * 3 + 1200, 3600 * 52)
+    assert [duration(s) for s in seconds] == ["0 s", "45 s", "2 min", "10 min", "3 h 20 min", "2 d 4 h"]

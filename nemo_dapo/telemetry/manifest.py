@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_dapo.config import RunConfig
-from nemo_dapo.files import replacing
+from nemo_dapo.files import replacing, set_aside
 from nemo_dapo.redaction import redacted, redacted_command
 
 PACKAGES = (
@@ -24,8 +24,8 @@ PACKAGES = (
 
 
 def write_manifest(path: Path, config: RunConfig, data: Sequence[Any]) -> None:
-    """One JSON object, written whole; `data` are the load reports (dataclasses) of the run's sets. A resumed run
-    replaces it and keeps the former one beside it."""
+    """One JSON object, written whole; `data` are the load reports (dataclasses) of the run's sets. That of an earlier start
+    is set aside."""
     manifest = {
         "started": time.strftime("%F %T %z"),
         "command": redacted_command(sys.argv),
@@ -37,8 +37,7 @@ def write_manifest(path: Path, config: RunConfig, data: Sequence[Any]) -> None:
         "data": [asdict(report) for report in data],
         "config": redacted(asdict(config)),
     }
-    if path.exists():
-        os.replace(path, path.with_name(path.name + ".previous"))
+    set_aside(path)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2, default=lambda value: getattr(value, "value", str(value))))
 

@@ -5,13 +5,27 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any, Protocol
 
-from nemo_dapo.files import replacing
+from nemo_dapo.files import replacing, set_aside
+
+# What belongs to one run: a run that starts anew in the folder must not go on with it.
+RECORDS = (
+    "metrics.jsonl", "tensorboard", "wandb_id", "manifest.json", "rollouts", "evaluation", "solve_statistics.jsonl",
+    "rewards.log",
+)  # fmt: skip
+
+
+def start_anew(run_dir: Path) -> None:
+    """Set the records of an earlier run in this folder aside, under a number of their own, and say so."""
+    if n := set_aside(*(run_dir / name for name in RECORDS)):
+        print(f"{run_dir} holds the records of an earlier run: they are now called *.previous{n}", flush=True)
 
 
 class Sink(Protocol):
@@ -38,18 +52,15 @@ class Sinks:
 class MetricsJsonl:
     """One JSON object a line, `{"step": 3, "rollout/accuracy": 0.5, ...}`; a number that is not finite is `null`.
 
-    `resumed_step` is the checkpoint's step: later lines belong to steps that will be run again and are removed. None
-    starts afresh, and sets an existing file aside as `<name>.previous`.
+    `resumed_step` is the checkpoint's step: later lines belong to steps that will be run again and are removed. None is a
+    run that starts anew, after `start_anew`.
     """
 
     def __init__(self, path: Path, *, resumed_step: int | None = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            if resumed_step is None:
-                path.replace(path.with_name(path.name + ".previous"))
-            else:
-                keep_steps(path, resumed_step)
+        if path.exists() and resumed_step is not None:
+            keep_steps(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, record: Mapping[str, float]) -> None:
@@ -137,7 +148,8 @@ class WandbSink:
         self._run.finish()
 
 
-# The console line's parts, each left out where the record lacks one of its keys.
+# The console line's parts, each left out where the record lacks one of its keys. No loss: a group's advantages sum to zero,
+# so it is near zero by construction and says nothing; metrics.jsonl has it.
 CONSOLE = (
     "eval {eval/accuracy:.3f}",
     "acc {rollout/accuracy:.2f}",
@@ -145,27 +157,63 @@ CONSOLE = (
     "kept {rollout/groups_kept:.0f}/{rollout/groups_sampled:.0f}",
     "len {rollout/mean_length:.0f}",
     "entropy {train/entropy:.2f}",
-    "loss {train/loss:.3f}",
     "grad {train/grad_norm:.2f}",
+    "lr {train/lr:.2e}",
     "gap {rollout/logprob_gap:.0e}",
     "{rollout/tokens_per_second:,.0f} tok/s",
 )
+# Said when it is not zero: what a reader must act on.
+CONSOLE_TROUBLE = ("VERIFIER ERRORS {rollout/verifier_errors:.0f}", "REFUSED UPDATES {progress/refused_updates:.0f}")
 CONSOLE_TIMES = ("rollout", "update", "sync", "eval", "save")
+STEPS_AVERAGED = 20  # for the time that is left
 
 
-def console_line(record: Mapping[str, float], *, step: int, max_steps: int) -> str:
-    """One step for a human.
+class Console:
+    """One line a step for a human. Seconds a step count from line to line: evaluation and saving among them.
 
-    step 12/200 | acc 0.63 | reward 0.26 | kept 16/24 | len 41 | entropy 0.31 | loss -0.012 | grad 0.21 | gap 3e-6 |
-    5,012 tok/s | rollout 1.9s update 0.8s sync 0.1s | 2.9 s/step
+    step 12/200 | acc 0.63 | reward 0.26 | kept 16/24 | len 41 | entropy 0.31 | grad 0.21 | lr 1e-6 | gap 3e-6 |
+    5,012 tok/s | rollout 1.9s update 0.8s sync 0.1s | 2.9 s/step, 9 min left
     """
-    parts = [f"step {step}/{max_steps}"]
-    parts += [template.format_map(record) for template in CONSOLE if _keys(template) <= record.keys()]
-    if times := [f"{name} {record[f'time/{name}']:.1f}s" for name in CONSOLE_TIMES if f"time/{name}" in record]:
-        parts.append(" ".join(times))
-    if "time/step" in record:
-        parts.append(f"{record['time/step']:.1f} s/step")
-    return re.sub(r"e([+-])0(\d)", r"e\1\2", " | ".join(parts))  # 3e-6 rather than 3e-06
+
+    def __init__(self, max_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.max_steps, self.clock = max_steps, clock
+        self.said_at: float | None = None
+        self.seconds: deque[float] = deque(maxlen=STEPS_AVERAGED)
+
+    def line(self, step: int, record: Mapping[str, float]) -> str:
+        now = self.clock()
+        if "time/step" in record:  # not the evaluation before the first step
+            self.seconds.append(record["time/step"] if self.said_at is None else now - self.said_at)
+        self.said_at = now
+        parts = [f"step {step}/{self.max_steps}"]
+        parts += [part.format_map(record) for part in CONSOLE if _keys(part) <= record.keys()]
+        parts += [part.format_map(record) for part in CONSOLE_TROUBLE if any(record.get(key) for key in _keys(part))]
+        if times := [f"{name} {record[f'time/{name}']:.1f}s" for name in CONSOLE_TIMES if f"time/{name}" in record]:
+            parts.append(" ".join(times))
+        if "time/step" in record:
+            parts.append(f"{self.seconds[-1]:.1f} s/step" + self._left(step))
+        return _without_zeros(" | ".join(parts))
+
+    def _left(self, step: int) -> str:
+        steps = self.max_steps - step
+        return f", {duration(steps * sum(self.seconds) / len(self.seconds))} left" if steps > 0 else ""
+
+
+def _without_zeros(line: str) -> str:
+    """1e-6 rather than 1.00e-06."""
+    return re.sub(r"e([+-])0(\d)", r"e\1\2", re.sub(r"(\.\d*?)\.?0+(?=e[+-]\d)", r"\1", line).replace(".e", "e"))
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `9 min`, `3 h 20 min`, `2 d 4 h`"""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return (
+        f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes // 1440} d {minutes // 60 % 24} h"
+    )
 
 
 def _keys(template: str) -> set[str]:
