@@ -14,6 +14,7 @@ end_with_launcher()  # before the slow imports: torchrun may die while they run
 
 import asyncio
 import json
+import math
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -29,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dapo import config as schema
 from nemo_dapo import entry
 from nemo_dapo.config import RunConfig
+from nemo_dapo.data.check import check_data
 from nemo_dapo.entry import is_rank_zero
 from nemo_dapo.redaction import redacted
 
@@ -86,7 +88,12 @@ def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack) -> Futu
     if resumed is None:
         start_anew(run_dir)
     write_manifest(run_dir / "manifest.json", config, data.reports)
-    loader = PromptLoader(data.train, config.seed, Curriculum(config.data.skip_solved_visits))
+    attempts = math.ceil(config.algorithm.prompts_per_step * config.algorithm.max_attempts)
+    if scarce := data.scarcity(attempts):
+        print(scarce, flush=True)
+    curriculum = Curriculum(config.data.skip_solved_visits)
+    accept = config.data.accept_changed
+    loader = PromptLoader(data.train, config.seed, curriculum, rendering=data.rendering, accept_changed=accept)
     rewarder = stack.enter_context(RewardPool.from_config(config.reward, printed=run_dir / "rewards.log"))
     sinks = make_sinks(config, run_dir, resumed)
     stack.callback(sinks.close)
@@ -121,6 +128,8 @@ def make_sinks(config: RunConfig, run_dir: Path, resumed: int | None) -> Any:
 def check(config: RunConfig) -> None:
     """Raises ValueError for options that contradict each other, the model or the number of ranks."""
     schema.validate(config, entry.world_size())
+    if is_rank_zero():  # which alone reads the data
+        check_data(config.data)
 
 
 def prepare(cfg: DictConfig) -> RunConfig:

@@ -136,7 +136,6 @@ def test_an_evaluation_that_cannot_be_is_refused_before_it_starts(
         ("zzz=1", ["zzz", "'RunConfig'"]),
         ("algorithm.group_size=many", ["algorithm.group_size", "'many'", "Integer"]),
         ("model.precision=fp64", ["model.precision", "fp64", "bf16, fp32"]),
-        ("+data.train.mine={format: csv, path: x}", ["data.train.mine.format", "csv", "columns"]),
         ("experiment=demoo", ["experiment/demoo", "demo"]),
         ("trainer.max_steps=[1", ["trainer.max_steps=[1"]),
     ],

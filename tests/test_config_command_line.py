@@ -99,6 +99,6 @@ def test_new_keys_of_a_dict_need_no_plus_but_may_have_one(plus: str) -> None:
     assert run.rollout.vllm == {"max_num_seqs": 3}
     assert run.model.megatron == {"recompute_granularity": "full"}
     assert run.data.chat_template_options == {"enable_thinking": False}
-    assert run.data.train["mine"] == schema.DataSetConfig(schema.DataFormat.columns, "mine.parquet")
-    assert run.data.eval["held"] == schema.DataSetConfig(schema.DataFormat.gsm8k)
+    assert run.data.train["mine"] == schema.DataSetConfig("columns", "mine.parquet")
+    assert run.data.eval["held"] == schema.DataSetConfig("gsm8k")
     assert run.reward.extra["style"] == schema.RewardTermConfig("module:name", -0.5)

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_dapo import config as schema
 from nemo_dapo import entry
-from nemo_dapo.config import DataConfig, DataFormat, DataSetConfig, RewardConfig, RewardStyle
+from nemo_dapo.config import DataConfig, DataSetConfig, RewardConfig, RewardStyle
 from nemo_dapo.config.prompts import DAPO, check_prompts, remark_on_prompts
 
 CONF = Path(__file__).parents[1] / "conf" / "config.yaml"
@@ -16,7 +16,7 @@ DAPO_STYLE = RewardConfig(style=RewardStyle.dapo)
 BOXED = "{problem} Put your final answer within \\boxed{}."
 
 
-def data(template: str = "dapo", system_prompt: str = "", format: DataFormat = DataFormat.columns) -> DataConfig:
+def data(template: str = "dapo", system_prompt: str = "", format: str = "columns") -> DataConfig:
     return DataConfig(train={"mine": DataSetConfig(format=format)}, template=template, system_prompt=system_prompt)
 
 
@@ -75,7 +75,7 @@ def test_a_box_that_the_strict_rule_does_not_open_is_refused() -> None:
         (data(BOXED), RewardConfig(style=RewardStyle.dapo, function="m:f")),  # the style is not used
         (data(BOXED + " Then write Answer : x"), DAPO_STYLE),
         (data(BOXED, system_prompt="End with 'ANSWER: <x>'"), DAPO_STYLE),
-        (data(BOXED, format=DataFormat.dapo_math), DAPO_STYLE),  # whose rows bring their prompt
+        (data(BOXED, format="dapo_math"), DAPO_STYLE),  # whose rows bring their prompt
         (data(), DAPO_STYLE),
     ],
 )

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from nemo_dapo import config as schema
 from nemo_dapo import entry
-from nemo_dapo.config import DataFormat, DataSetConfig, RewardTermConfig, RunConfig, validate, validate_evaluation
+from nemo_dapo.config import DataSetConfig, RewardTermConfig, RunConfig, validate, validate_evaluation
 from nemo_dapo.config.ranges import LARGEST_COUNT, RANGE, Range, number, out_of_range
 
 CONF = Path(__file__).parents[1] / "conf" / "config.yaml"
@@ -37,8 +37,8 @@ def full() -> RunConfig:
     """A configuration with an entry in every dict of dataclasses, so that the walk meets every option there is."""
     run = RunConfig()
     run.model.path = "somewhere"
-    run.data.train["mine"] = DataSetConfig(format=DataFormat.columns)
-    run.data.eval["held.out"] = DataSetConfig(format=DataFormat.columns)
+    run.data.train["mine"] = DataSetConfig(format="columns")
+    run.data.eval["held.out"] = DataSetConfig(format="columns")
     run.reward.extra["style"] = RewardTermConfig(function="module:name")
     return run
 

@@ -79,3 +79,52 @@ def test_a_template_without_its_place_for_the_problem_is_refused(template: str) 
 def test_equal_content_has_equal_uid_and_other_content_another() -> None:
     assert Problem("1 + 1", "2").uid == Problem(" 1 +\n1 ", "2", source="x").uid
     assert len({Problem("1", "2").uid, Problem("1", "3").uid, Problem("12", "").uid, Problem("", "12").uid}) == 4
+
+
+def test_an_option_that_the_chat_template_would_ignore_is_refused(tokenizer: Any) -> None:
+    def renderer(**options: Any) -> PromptRenderer:
+        return PromptRenderer.from_config(DataConfig(chat_template_options=options), tokenizer)
+
+    with pytest.raises(ValueError, match=r"options\.quiet does nothing: no chat template is used; remove it"):
+        renderer(quiet=True)
+    tokenizer.chat_template = CHAT
+    renderer(quiet=True)
+    with pytest.raises(ValueError, match=r"options\.quite does nothing: .* no such variable; did you mean quiet\?"):
+        renderer(quite=True)
+    for name in ("add_generation_prompt", "tokenize", "continue_final_message", "messages", "chat_template"):
+        with pytest.raises(
+            ValueError, match=rf"options\.{name} is not a variable of the template but set by this program"
+        ):
+            renderer(**{name: False})
+
+
+def test_a_template_that_refuses_a_system_role_names_the_option(tokenizer: Any) -> None:
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer.chat_template = refuse + CHAT
+    assert rendered(tokenizer, DataConfig(template="plain"), Problem("1+1", "2")) == "<user>1+1\n<assistant>"
+    with pytest.raises(
+        ValueError, match=r"roles system, user: System role not supported; leave data\.system_prompt='Be b"
+    ):
+        rendered(tokenizer, DataConfig(system_prompt="Be brief."), Problem("1+1", "2"))
+    own = ({"role": "system", "content": "own"}, {"role": "user", "content": "1+1"})
+    with pytest.raises(ValueError, match=r"System role not supported; set data\.use_chat_template=false"):
+        rendered(tokenizer, DataConfig(), Problem("1+1", "2", messages=own))
+
+
+def test_the_fingerprint_changes_with_all_that_changes_a_prompt(tokenizer: Any) -> None:
+    def fingerprint(**options: Any) -> dict[str, str]:
+        return PromptRenderer.from_config(DataConfig(**options), tokenizer).fingerprint()
+
+    tokenizer.chat_template = CHAT
+    first = fingerprint()
+    others = [
+        fingerprint(template="plain"),
+        fingerprint(system_prompt="x"),
+        fingerprint(use_chat_template=False),
+        fingerprint(chat_template_options={"quiet": True}),
+    ]
+    tokenizer.chat_template = CHAT + " "
+    others.append(fingerprint())
+    assert first not in others
+    tokenizer.chat_template = CHAT
+    assert fingerprint(template="dapo") == first

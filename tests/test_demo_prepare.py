@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.demo import prepare, report
 from nemo_dapo.config import RunConfig
-from nemo_dapo.data.arithmetic import Sum, generate
+from nemo_dapo.data.formats.arithmetic import Sum, generate
 
 RECIPE = prepare.Recipe(template="{problem}\n", max_digits=4, hidden=32, intermediate=64, layers=1, steps=2, batch=4)
 

@@ -340,7 +340,7 @@ def evaluation(folder: Path, output: Path, *arguments: str) -> list[str]:
         f"output_dir={output}",
         "model.precision=fp32",
         "data.use_chat_template=false",
-        'data.template="{problem}\\n"',
+        'data.template="{problem}\n"',
         f"+data.eval.mine={{format: columns, path: '{folder / 'mine.jsonl'}', columns: {{problem: q, answer: a}}}}",
         "+data.eval.sums={format: arithmetic, split: eval, num_problems: 7, max_digits: 4}",
         "reward.function=tests.end_to_end_rewards:even_length",

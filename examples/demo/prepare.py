@@ -33,8 +33,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from nemo_dapo.data import arithmetic
-from nemo_dapo.data.arithmetic import Sum, generate, imperfect_solution
+from nemo_dapo.data.formats import arithmetic
+from nemo_dapo.data.formats.arithmetic import Sum, generate, imperfect_solution
 
 EXPERIMENT = Path(__file__).parents[2] / "conf" / "experiment" / "demo.yaml"
 MANIFEST = "warm_start.json"

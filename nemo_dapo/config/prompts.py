@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from nemo_dapo.config.schema import DataConfig, DataFormat, RewardConfig, RewardStyle
+from nemo_dapo.config.schema import DataConfig, RewardConfig, RewardStyle
 
 # The user turn of the public recipe, already written into DAPO-Math-17k's `prompt` column.
 DAPO = (
@@ -64,7 +64,7 @@ def remark_on_prompts(data: DataConfig, reward: RewardConfig) -> Iterator[str]:
 def _unread(data: DataConfig, reward: RewardConfig) -> bool:
     """Whether the strict rule will judge answers to prompts that do not ask for what it reads."""
     sets = [*data.train.values(), *data.eval.values()]
-    bring_their_own_prompt = all(one.format is DataFormat.dapo_math for one in sets)
+    bring_their_own_prompt = all(one.format == "dapo_math" for one in sets)
     strict = reward.style is RewardStyle.dapo and not reward.function
     return strict and not bring_their_own_prompt and not ASKS_FOR_ANSWER.search(_instructions(data))
 

@@ -47,13 +47,6 @@ class Resume(Enum):
     never = "never"
 
 
-class DataFormat(Enum):
-    arithmetic = "arithmetic"
-    dapo_math = "dapo_math"
-    gsm8k = "gsm8k"
-    columns = "columns"
-
-
 @dataclass
 class ModelConfig:
     path: str = MISSING  # a Hugging Face directory: config.json, *.safetensors, tokenizer
@@ -111,9 +104,11 @@ class RolloutConfig:
 
 @dataclass
 class DataSetConfig:
-    format: DataFormat = MISSING  # how a row becomes a problem
-    path: str = ""  # file or pattern of files (.parquet, .jsonl), or name on the hub when `hub` is true
-    hub: bool = False  # read from the Hugging Face hub
+    format: str = MISSING  # how a row becomes a problem: a module of nemo_dapo.data.formats, or one of yours
+    path: str = (
+        ""  # file or pattern of files (.parquet, .jsonl, .json); with `hub`, a name there or a folder downloaded
+    )
+    hub: bool = False  # a `path` that is no file is read as a Hugging Face data set; nothing is downloaded without this
     subset: str = ""  # on the hub: configuration of the data set, such as `main` of openai/gsm8k
     split: str = "train"  # on the hub; and of arithmetic: train, or eval for the problems held out of any training
     weight: float = number(1.0, above=0)  # share of the draws in a mixture, whatever the sizes
@@ -126,6 +121,7 @@ class DataSetConfig:
     max_problems: int = number(0, at_least=0)  # keep the first n after removing repeats; 0 = all
     samples: int = number(0, at_least=0)  # of an evaluation set: k of its avg@k; 0 = evaluation.samples
     streaming: bool = False  # on the hub: read without storing; files are always streamed
+    options: dict[str, Any] = field(default_factory=dict)  # what a format of your own needs beyond these
 
 
 @dataclass
@@ -137,6 +133,8 @@ class DataConfig:
     use_chat_template: bool = True  # the tokenizer's; without one, or with false, the turns stand one after another
     chat_template_options: dict[str, Any] = field(default_factory=dict)  # such as enable_thinking: false
     exclude_eval: bool = True  # training drops, and counts, the problems of the evaluation sets
+    # resume on other data, weights, seed or template than the checkpoint's, which is otherwise refused; says what changed
+    accept_changed: bool = False
     # curriculum: a problem answered all right in its last k visits is skipped; 0 = never
     skip_solved_visits: int = number(0, at_least=0)
 

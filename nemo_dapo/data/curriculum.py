@@ -30,13 +30,15 @@ class SolveStatistics:
 
 class Curriculum:
     """Solve statistics by problem uid. With `skip_solved_visits` k > 0, a problem answered all right in its last k visits
-    counts as solved; 0 never."""
+    counts as solved; 0 never. `solved` holds those, and `reopened` counts how often one has left it."""
 
     def __init__(self, skip_solved_visits: int = 0) -> None:
         if skip_solved_visits < 0:
             raise ValueError(f"data.skip_solved_visits={skip_solved_visits} must be 0 (never skip) or more")
         self.skip_solved_visits = skip_solved_visits
         self.statistics: dict[str, SolveStatistics] = {}
+        self.solved: set[str] = set()
+        self.reopened = 0
 
     def record(self, uid: str, correct: int, attempts: int) -> None:
         """One visit: `correct` of `attempts` responses with a verdict were right. No attempt says nothing."""
@@ -50,14 +52,15 @@ class Curriculum:
         stats.visits += 1
         history = max(MIN_HISTORY, self.skip_solved_visits)
         stats.recent = [*stats.recent, (correct, attempts)][-history:]
+        if self._is_solved(stats):
+            self.solved.add(uid)
+        elif uid in self.solved:
+            self.solved.remove(uid)
+            self.reopened += 1
 
-    def is_solved(self, uid: str) -> bool:
-        """True when the last `skip_solved_visits` visits were all right."""
+    def _is_solved(self, stats: SolveStatistics) -> bool:
         k = self.skip_solved_visits
-        stats = self.statistics.get(uid)
-        if k == 0 or stats is None or len(stats.recent) < k:
-            return False
-        return all(correct == attempts for correct, attempts in stats.recent[-k:])
+        return 0 < k <= len(stats.recent) and all(correct == attempts for correct, attempts in stats.recent[-k:])
 
     def state_dict(self) -> dict[str, Any]:
         """Plain lists and numbers: JSON holds it."""
@@ -71,6 +74,8 @@ class Curriculum:
             uid: SolveStatistics(attempts, correct, visits, [(c, a) for c, a in recent])
             for uid, (attempts, correct, visits, recent) in state.items()
         }
+        self.solved = {uid for uid, stats in self.statistics.items() if self._is_solved(stats)}
+        self.reopened += 1
 
     def export(self, path: Path, prompts: Iterable[Prompt] = ()) -> None:
         """One row a visited problem to `path` (.jsonl or .parquet), whole or not at all; `prompts` add text and source."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from nemo_dapo.data.problem import Problem, content_hash, squeeze
 from nemo_dapo.types import Prompt
 
+IN_EVALUATION_SET = "in an evaluation set"
+
 
 @dataclass
 class Tally:
@@ -66,5 +68,5 @@ def drop_held_out(prompts: Sequence[Prompt], tally: Tally, held_out: AbstractSet
     """The prompts whose problem is not in `held_out`, the `text_key`s of the evaluation sets."""
     kept = [prompt for prompt in prompts if not held_out or text_key(prompt.problem) not in held_out]
     if len(kept) < len(prompts):
-        tally.dropped["in an evaluation set"] += len(prompts) - len(kept)
+        tally.dropped[IN_EVALUATION_SET] += len(prompts) - len(kept)
     return kept

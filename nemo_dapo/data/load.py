@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from nemo_dapo.config import DataConfig, DataFormat, DataSetConfig
-from nemo_dapo.data import arithmetic, columns, dapo_math, gsm8k
+from nemo_dapo.config import DataConfig, DataSetConfig
+from nemo_dapo.data import formats
 from nemo_dapo.data.filters import Tally, drop_held_out, drop_long, select, text_key
 from nemo_dapo.data.problem import LoadReport, Problem, content_hash
 from nemo_dapo.data.template import PromptRenderer
 from nemo_dapo.types import Prompt
-
-SOURCES = {
-    DataFormat.arithmetic: arithmetic.problems,
-    DataFormat.dapo_math: dapo_math.problems,
-    DataFormat.gsm8k: gsm8k.problems,
-    DataFormat.columns: columns.problems,
-}
 
 
 @dataclass(frozen=True)
@@ -36,14 +29,25 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class RunData:
-    """The training sets and the evaluation sets of a run."""
+    """The training sets and the evaluation sets of a run, and the fingerprint of how they are asked."""
 
     train: tuple[PromptSet, ...]
     eval: tuple[PromptSet, ...]
+    rendering: dict[str, str] = field(default_factory=dict)
 
     @property
     def reports(self) -> list[LoadReport]:
         return [chosen.report for chosen in (*self.train, *self.eval)]
+
+    def scarcity(self, attempts: int) -> str:
+        """One line where a step that samples up to `attempts` prompts must ask a problem twice, else ""."""
+        problems = sum(len(chosen.prompts) for chosen in self.train)
+        if problems >= attempts:
+            return ""
+        return (
+            f"data: {problems:,} training problems, but one step samples up to {attempts:,} "
+            "(algorithm.prompts_per_step * max_attempts): problems then come up several times within a step"
+        )
 
 
 def load_problems(name: str, config: DataSetConfig) -> tuple[list[Problem], LoadReport]:
@@ -78,7 +82,7 @@ def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_pr
     evaluation = _load_all(config.eval, renderer, max_prompt_length, frozenset())
     held_out = {text_key(prompt.problem) for chosen in evaluation for prompt in chosen.prompts}
     train = _load_all(config.train, renderer, max_prompt_length, held_out if config.exclude_eval else frozenset())
-    return RunData(train, evaluation)
+    return RunData(_with_overlaps(train), evaluation, renderer.fingerprint())
 
 
 def _load_all(
@@ -87,9 +91,21 @@ def _load_all(
     return tuple(load_prompt_set(name, sets[name], renderer, max_prompt_length, held_out) for name in sets)
 
 
+def _with_overlaps(sets: tuple[PromptSet, ...]) -> tuple[PromptSet, ...]:
+    """`sets`, whose reports count the problems that an earlier one holds too. They stay: weights are shares of draws, and
+    what a set is given is its user's choice."""
+    keys = {chosen.name: {text_key(prompt.problem) for prompt in chosen.prompts} for chosen in sets}
+    counted = []
+    for index, chosen in enumerate(sets):
+        shared = {earlier.name: len(keys[chosen.name] & keys[earlier.name]) for earlier in sets[:index]}
+        found = {name: count for name, count in shared.items() if count}
+        counted.append(replace(chosen, report=replace(chosen.report, overlaps=found)))
+    return tuple(counted)
+
+
 def _progress(name: str, config: DataSetConfig) -> Iterable[Problem]:
     """The set's rows; on a terminal, a load that takes long shows how far it is."""
-    rows = SOURCES[config.format](config)
+    rows = formats.problems(config)
     return tqdm(rows, desc=f"data {name}", unit=" rows", delay=5, leave=False, disable=None)
 
 

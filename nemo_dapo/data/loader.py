@@ -1,4 +1,4 @@
-"""The endless stream of training prompts, and its place as a few integers.
+"""The endless stream of training prompts, and its place as a few numbers and a hash.
 
 The stream is a function of (data, seed, solve statistics) alone: every rank that builds a loader gets the same one, so a
 state saved by any number of ranks restores under any other. It needs to live on rank 0 only.
@@ -7,33 +7,50 @@ state saved by any number of ranks restores under any other. It needs to live on
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from nemo_dapo.data.curriculum import Curriculum
 from nemo_dapo.data.load import PromptSet
 from nemo_dapo.data.mixture import Cursor, next_set
+from nemo_dapo.data.resume import REMEDY, changes, check_place
 from nemo_dapo.types import Prompt
 
 logger = logging.getLogger(__name__)
 
 
 class PromptLoader:
-    """Seeded, reshuffled each epoch, mixed by weight; problems the curriculum calls solved are passed over."""
+    """Seeded, reshuffled each epoch, mixed by weight; problems the curriculum calls solved are passed over.
 
-    def __init__(self, sets: Sequence[PromptSet], seed: int, curriculum: Curriculum | None = None) -> None:
+    `rendering` is the fingerprint of how problems become prompts. A state of other data or another rendering is refused, or
+    with `accept_changed` taken over as far as it has a meaning.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[PromptSet],
+        seed: int,
+        curriculum: Curriculum | None = None,
+        *,
+        rendering: Mapping[str, str] | None = None,
+        accept_changed: bool = False,
+    ) -> None:
         _check(sets)
         self.sets = tuple(sets)
         self.seed = seed
         self.curriculum = curriculum or Curriculum()
+        self.rendering = dict(rendering or {})
+        self.accept_changed = accept_changed
+        self._uids = [frozenset(prompt.uid for prompt in chosen.prompts) for chosen in self.sets]
         self._cursors = [Cursor(chosen.prompts, seed) for chosen in self.sets]
         self._drawn = [0] * len(self.sets)
         self._warned: set[str] = set()
 
     @property
-    def skipped(self) -> int:
-        """Prompts passed over as solved since the start of the run."""
-        return sum(cursor.skipped for cursor in self._cursors)
+    def solved(self) -> int:
+        """How many problems are passed over as solved."""
+        return sum(len(uids & self.curriculum.solved) for uids in self._uids)
 
     @property
     def epoch(self) -> int:
@@ -44,61 +61,63 @@ class PromptLoader:
         """The next prompt; when a set's problems are all solved it serves them all, and says so once."""
         index = next_set([chosen.weight for chosen in self.sets], self._drawn)
         self._drawn[index] += 1
-        cursor = self._cursors[index]
-        prompt = cursor.next(self.curriculum.is_solved)
-        if prompt is not None:
-            return prompt
-        self._warn_all_solved(self.sets[index].name)
-        prompt = cursor.next(lambda uid: False)
-        assert prompt is not None
-        return prompt
+        solved: AbstractSet[str] = self.curriculum.solved
+        if all_solved := self._uids[index] <= solved:
+            self._warn_all_solved(self.sets[index].name)
+            solved = frozenset()
+        return self._cursors[index].next(solved, (self.curriculum.reopened, all_solved))
 
     def record(self, uid: str, correct: int, attempts: int) -> None:
         """One visit of a problem: `correct` of `attempts` responses with a verdict were right."""
         self.curriculum.record(uid, correct, attempts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands and what it learned of each problem: numbers and texts only."""
+        """Where the stream stands, of which data, and what it learned of each problem: numbers and texts only."""
         sets = {
             chosen.name: {
                 "sha256": chosen.report.sha256,
                 "weight": chosen.weight,
-                "position": cursor.position,
-                "skipped": cursor.skipped,
+                "rows_read": chosen.report.rows_read,
+                "dropped": dict(chosen.report.dropped),
+                "kept": chosen.report.kept,
+                "epoch": cursor.epoch,
+                "after": cursor.after,
                 "drawn": drawn,
             }
             for chosen, cursor, drawn in zip(self.sets, self._cursors, self._drawn, strict=True)
         }
-        return {"seed": self.seed, "epoch": self.epoch, "sets": sets, "curriculum": self.curriculum.state_dict()}
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "rendering": self.rendering,
+            "sets": sets,
+            "curriculum": self.curriculum.state_dict(),
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at `state`. Raises ValueError when it belongs to other data, weights or another seed."""
-        self._check_same_stream(state)
-        saved = [state["sets"][chosen.name] for chosen in self.sets]
-        self._cursors = [
-            Cursor(chosen.prompts, self.seed, one["position"], one["skipped"])
-            for chosen, one in zip(self.sets, saved, strict=True)
-        ]
-        self._drawn = [one["drawn"] for one in saved]
-        self.curriculum.load_state_dict(state["curriculum"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at `state`.
 
-    def _check_same_stream(self, state: dict[str, Any]) -> None:
-        now = self.state_dict()
-        remedy = "restore the data and seed the checkpoint was made with, or start a new run (checkpoint.resume=never)"
-        if state["seed"] != now["seed"]:
-            raise ValueError(f"the checkpoint's data order has seed {state['seed']}, this run {now['seed']}: {remedy}")
-        if list(state["sets"]) != list(now["sets"]):
+        Raises ValueError when it holds no place in a stream, and when it belongs to other data, weights, rendering or
+        another seed, unless `accept_changed`: then what differs is logged, a set that both have goes on in its epoch, a new
+        one starts, and the shares of the draws count from here.
+        """
+        check_place(state)
+        differences = changes(state, self.state_dict())
+        if differences and not self.accept_changed:
             raise ValueError(
-                f"the checkpoint's training sets are {', '.join(state['sets'])}, this run's {', '.join(now['sets'])}: "
-                f"{remedy}"
+                "the checkpoint was made on other data:\n" + "\n".join(f"  - {d}" for d in [*differences, REMEDY])
             )
-        for name, one in now["sets"].items():
-            for key, what in (("sha256", "content (sha256)"), ("weight", "weight")):
-                if state["sets"][name][key] != one[key]:
-                    raise ValueError(
-                        f"training set {name!r} has {what} {one[key]}, the checkpoint's had "
-                        f"{state['sets'][name][key]}: {remedy}"
-                    )
+        for difference in differences:
+            logger.warning("data.accept_changed: %s", difference)
+        same_seed = state["seed"] == self.seed
+        for index, chosen in enumerate(self.sets):
+            saved = state["sets"].get(chosen.name)
+            if saved is not None:
+                # Another seed orders the epoch anew: it starts with the next one.
+                place = (saved["epoch"], saved["after"]) if same_seed else (saved["epoch"] + 1, "")
+                self._cursors[index] = Cursor(chosen.prompts, self.seed, *place)
+            self._drawn[index] = 0 if saved is None or differences else saved["drawn"]
+        self.curriculum.load_state_dict(state["curriculum"])
 
     def _warn_all_solved(self, name: str) -> None:
         if name not in self._warned:

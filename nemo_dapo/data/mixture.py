@@ -1,23 +1,18 @@
 """The order in which problems are drawn: within a set, a new shuffle each epoch; between sets, by weight.
 
-Both are pure functions of the seed and of how many were drawn, so a position in the stream is a few integers.
+Both are pure functions of the seed and of what was drawn, so a place in the stream is a few numbers and a hash.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Hashable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from nemo_dapo.types import Prompt
-
-
-def epoch_order(uids: Sequence[str], seed: int, epoch: int) -> list[int]:
-    """Indices of `uids`, shuffled: sorted by a hash of seed, epoch and uid.
-
-    The order follows from content alone: the rows' order in their file, and the version of a generator, do not matter.
-    """
-    return sorted(range(len(uids)), key=lambda i: hashlib.sha256(f"{seed}/{epoch}/{uids[i]}".encode()).digest())
 
 
 def next_set(weights: Sequence[float], drawn: Sequence[int]) -> int:
@@ -29,32 +24,51 @@ def next_set(weights: Sequence[float], drawn: Sequence[int]) -> int:
 
 @dataclass
 class Cursor:
-    """A place in the endless stream of one set: `position` counts problems passed since the start of the run."""
+    """A place in the endless stream of one set: full passes behind it, and the key of the last problem passed in this one.
+
+    Within an epoch problems come in the order of their keys, a hash of seed, epoch and uid. So the order follows from
+    content alone, whatever the rows' order in their file or the version of a generator, and a place keeps its meaning when
+    problems are added or taken away: what lies behind it was passed, what lies before it is still to come.
+    """
 
     prompts: Sequence[Prompt]
     seed: int
-    position: int = 0
-    skipped: int = 0
-    _order: tuple[int, list[int]] = field(default=(-1, []), repr=False)  # epoch and its order
+    epoch: int = 0
+    after: str = ""
+    _ahead: deque[tuple[str, Prompt]] = field(default_factory=deque, repr=False)  # of this epoch, without those skipped
+    _era: Hashable = field(default=None, repr=False)  # of `_ahead`
 
-    @property
-    def epoch(self) -> int:
-        """Full passes behind this place."""
-        return self.position // len(self.prompts)
+    def next(self, skip: AbstractSet[str], era: Hashable) -> Prompt:
+        """The next problem whose uid is not in `skip`, which must leave one.
 
-    def next(self, skip: Callable[[str], bool]) -> Prompt | None:
-        """The next problem whose uid is not to be skipped; None, and no move, when every problem is."""
-        prompt = self._peek()
-        if skip(prompt.uid) and all(skip(other.uid) for other in self.prompts):
-            return None
-        while skip(prompt.uid):
-            self.position += 1
-            self.skipped += 1
-            prompt = self._peek()
-        self.position += 1
-        return prompt
+        `era` changes whenever a uid has left `skip`: until then, what was passed over in this epoch need not be looked at
+        again, and a draw costs as much with most problems solved as with none.
+        """
+        if self._era != era or not self._ahead:
+            self._look_ahead(skip, era)
+        while True:
+            while self._ahead:
+                key, prompt = self._ahead.popleft()
+                if prompt.uid not in skip:
+                    self._pass(key)
+                    return prompt
+            self._turn()
+            self._look_ahead(skip, era)
 
-    def _peek(self) -> Prompt:
-        if self._order[0] != self.epoch:
-            self._order = self.epoch, epoch_order([prompt.uid for prompt in self.prompts], self.seed, self.epoch)
-        return self.prompts[self._order[1][self.position % len(self.prompts)]]
+    def _pass(self, key: str) -> None:
+        self.after = key
+        if not self._ahead:
+            self._turn()
+
+    def _turn(self) -> None:
+        self.epoch, self.after = self.epoch + 1, ""
+
+    def _look_ahead(self, skip: AbstractSet[str], era: Hashable) -> None:
+        prefix = f"{self.seed}/{self.epoch}/"
+        keyed = (
+            (hashlib.sha256((prefix + prompt.uid).encode()).hexdigest(), prompt)
+            for prompt in self.prompts
+            if prompt.uid not in skip
+        )
+        self._ahead = deque(sorted((one for one in keyed if one[0] > self.after), key=itemgetter(0)))
+        self._era = era

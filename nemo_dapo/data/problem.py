@@ -14,7 +14,7 @@ Message = dict[str, str]
 @dataclass(frozen=True)
 class Problem:
     """A problem with its answer, before any template. `messages` is set when the row brings a chat of its own, already
-    templated; `problem` is then the text of its last user turn."""
+    templated; `problem` is then the text of its last turn."""
 
     problem: str
     answer: str
@@ -37,13 +37,15 @@ class LoadReport:
     dropped: dict[str, int]  # reason -> rows
     kept: int
     sha256: str
+    overlaps: dict[str, int] = field(default_factory=dict)  # another training set -> problems that it holds too
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self.dropped.items()))
+        shared = "".join(f", {count:,} of them also in {name!r}" for name, count in self.overlaps.items())
         return (
             f"data {self.name}: {self.rows_read:,} rows read, {self.repeats_removed:,} repeats removed, "
             f"{sum(self.dropped.values()):,} dropped{f' ({reasons})' if reasons else ''}, "
-            f"{self.kept:,} kept, sha256 {self.sha256[:12]}"
+            f"{self.kept:,} kept{shared}, sha256 {self.sha256[:12]}"
         )
 
 

@@ -1,119 +1,118 @@
-"""Rows of a file or of a hub data set, read by the `datasets` library, and values found in them by (dotted) column name.
-
-Files are streamed: no second copy of them is written.
-"""
+"""One row of a data set: where it stands, and its values by (dotted) column name as the file has them."""
 
 from __future__ import annotations
 
 import difflib
-import glob
-from collections.abc import Iterator
-from pathlib import Path
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
-from nemo_dapo.config import DataSetConfig
-
-Row = dict[str, Any]
-
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+EXACT = 2**53  # up to here every whole number has a float of its own
+MANY_DIGITS = 10**40  # a larger number with an exponent, such as 1e300, stays as it is written
 
 
-def read_rows(config: DataSetConfig) -> Iterator[Row]:
-    """Every row, in order. Raises ValueError when the file or hub name is missing or cannot be read."""
-    import datasets  # takes seconds to import, and generated problems need it not
-    import pyarrow
-
-    arguments = _hub_arguments(config) if config.hub else _file_arguments(config)
-    try:
-        # Arrow batches are ten times faster than row by row: DAPO-Math-17k's file has 1.8 million rows.
-        for batch in datasets.load_dataset(**arguments).with_format("arrow").iter(batch_size=1000):
-            yield from batch.to_pylist()
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
-        remedy = (
-            "check the name, subset and split, or download the file and give it as `path` without `hub`"
-            if config.hub
-            else "check that every row is valid and a column has one type throughout"
-        )
-        raise ValueError(f"cannot read {config.path!r}: {type(error).__name__}: {error}; {remedy}") from error
+class MissingColumnError(ValueError):
+    """A column that a row lacks."""
 
 
-def lookup(row: Row, column: str, path: str) -> Any:
-    """The value of `column` in `row`; a dot reaches into a nested column, None inside gives None.
+@dataclass(frozen=True, slots=True)
+class Row:
+    """`values` of line (item, row) `number` of `file`, counted from 1."""
 
-    Raises ValueError that names the columns there are, and the nearest one; `path` is the file, for the message.
+    values: Mapping[str, Any]
+    file: str
+    number: int
+    unit: str = "row"
+
+    @property
+    def place(self) -> str:
+        return f"{self.file!r}, {self.unit} {self.number:,}"
+
+    def value(self, column: str) -> Any:
+        """What `column` holds; a dot reaches into a nested column, None inside gives None.
+
+        Raises MissingColumnError that names the columns there are, and the nearest one.
+        """
+        value: Any = self.values
+        parts = [column] if column in value else column.split(".")
+        for depth, part in enumerate(parts):
+            if value is None:
+                return None
+            inside = f"{'.'.join(parts[:depth])!r} of {self.place}" if depth else self.place
+            if not isinstance(value, Mapping):
+                raise ValueError(
+                    f"column {column!r}: {inside} holds {type(value).__name__}, not named fields: drop {'.' + part!r}"
+                )
+            if part not in value:
+                raise MissingColumnError(_missing(column, part, list(value), inside))
+            value = value[part]
+        return value
+
+    def text(self, column: str) -> str:
+        """What `column` holds as text: see `as_text`. Raises ValueError with the row's place and the column."""
+        value = self.value(column)
+        try:
+            return as_text(value)
+        except ValueError as error:
+            raise ValueError(f"column {column!r} of {self.place} {error}") from error
+
+    def optional_text(self, column: str) -> str:
+        """The same, "" where there is no such column."""
+        try:
+            return self.text(column)
+        except MissingColumnError:
+            return ""
+
+
+def as_text(value: object) -> str:
+    """A text without the white space around it, a number in its digits, nothing (None, NaN) as "".
+
+    A whole number has no fraction (27.0 is "27"); any other has the file's digits where it holds digits, as JSON does (1.50
+    stays "1.50"). Raises ValueError for any other type, and for a float too large to tell which number it was.
     """
-    value: Any = row
-    parts = [column] if column in row else column.split(".")
-    for depth, part in enumerate(parts):
-        if value is None:
-            return None
-        inside = f"{'.'.join(parts[:depth])!r} of {path!r}" if depth else repr(path)
-        if not isinstance(value, dict):
-            raise ValueError(
-                f"column {column!r}: {inside} holds {type(value).__name__}, not named fields: drop {'.' + part!r}"
-            )
-        if part not in value:
-            raise ValueError(_missing(column, part, list(value), inside))
-        value = value[part]
-    return value
-
-
-def as_text(value: Any, column: str, path: str) -> str:
-    """A text or number as text (27.0 as "27"), None as "". Raises ValueError for any other type."""
-    if value is None:
+    if value is None or (isinstance(value, (float, Decimal)) and math.isnan(value)):
         return ""
     if isinstance(value, str):
-        return value.strip()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return _well_formed(value.strip())
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
+        raise ValueError(
+            f"must hold text or numbers, got {type(value).__name__} {str(value)[:80]!r}: name another column, a field "
+            "inside this one with a dot, or write it as text"
+        )
+    if isinstance(value, float) and abs(value) > EXACT:
+        raise ValueError(
+            f"holds the float {value!r}, which may have been another number: floats beyond 2^53 lose digits; "
+            "write it as text"
+        )
+    if isinstance(value, int):
         return str(value)
-    raise ValueError(
-        f"column {column!r} of {path!r} must hold text or numbers, got {type(value).__name__} {str(value)[:80]!r}: "
-        "name another column, or a field inside this one with a dot"
-    )
+    if -MANY_DIGITS < value < MANY_DIGITS and value == int(value):
+        return str(int(value))
+    return str(value)
+
+
+def plain(value: Any) -> Any:
+    """`value` for a problem's metadata: the decimals that keep a file's digits become floats."""
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list) else value
+
+
+def _well_formed(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"holds half a surrogate pair at character {error.start}, which is no text: mend it"
+        ) from error
+    return text
 
 
 def _missing(column: str, part: str, existing: list[str], inside: str) -> str:
     nearest = difflib.get_close_matches(part, existing, n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else "; name one of them in the data set's `columns`"
-    return f"column {column!r} not found: {inside} has {', '.join(sorted(existing))}{hint}"
-
-
-def _hub_arguments(config: DataSetConfig) -> dict[str, Any]:
-    if not config.path:
-        raise ValueError("a data set with hub=true needs `path`, its name on the hub: organisation/name")
-    return {
-        "path": config.path,
-        "name": config.subset or None,
-        "split": config.split,
-        "streaming": config.streaming,
-    }
-
-
-def _file_arguments(config: DataSetConfig) -> dict[str, Any]:
-    files = sorted(glob.glob(config.path)) or [config.path]
-    for file in files:
-        if not Path(file).is_file():
-            raise ValueError(_no_file(file))
-    suffixes = {Path(file).suffix for file in files}
-    if len(suffixes) != 1 or not suffixes <= READERS.keys():
-        raise ValueError(
-            f"data files must all end in one of {', '.join(READERS)}, got {', '.join(sorted(suffixes)) or 'none'} "
-            f"in {config.path!r}: convert them, or set hub=true if this is a name on the hub"
-        )
-    # `datasets` calls every local file's split "train".
-    return {"path": READERS[suffixes.pop()], "data_files": files, "split": "train", "streaming": True}
-
-
-def _no_file(file: str) -> str:
-    folder = Path(file).parent
-    if not file:
-        return "a data set needs `path`: a .parquet or .jsonl file, or a name on the hub with hub=true"
-    if Path(file).is_dir():
-        return f"data path {file!r} is a folder: give a file or a pattern such as {file.rstrip('/')}/*.parquet"
-    if not folder.is_dir():
-        return f"data file {file!r} not found: the folder {str(folder.resolve())!r} does not exist either"
-    nearest = difflib.get_close_matches(Path(file).name, [p.name for p in folder.iterdir()], n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else "set hub=true if this is a name on the hub"
-    return f"data file {file!r} not found in {str(folder.resolve())!r}; {hint}"
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"column {column!r} not found: {inside} has {', '.join(sorted(existing)) or 'no columns'}{hint}"

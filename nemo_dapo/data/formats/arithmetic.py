@@ -26,6 +26,7 @@ from nemo_dapo.data.problem import Problem
 
 Split = Literal["train", "eval"]
 
+OPTIONS = frozenset({"split", "num_problems", "seed", "max_digits"})
 EVAL_SHARE = 8  # one problem in so many is held out
 
 
