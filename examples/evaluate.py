@@ -4,13 +4,15 @@
     python examples/evaluate.py model.path=<folder> '+data.eval.mine={format: columns, path: mine.jsonl}'
     python examples/evaluate.py model.path=<folder> evaluation.checkpoint=runs/<name>/checkpoints/step_000100 …
 
-Prints one line a set; writes `summary.json` and, a line a problem, `problems.jsonl` under `output_dir`.
+Prints one line a set; writes `summary.json` and, a line a problem, `problems.jsonl` under `output_dir`, or where an earlier
+evaluation lies there, under `output_dir`_2, _3 and so on.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ from omegaconf import DictConfig
 from nemo_dapo import config as schema
 from nemo_dapo import entry
 from nemo_dapo.config import RunConfig
+from nemo_dapo.data.check import check_data
 
 if TYPE_CHECKING:
     from nemo_dapo.evaluation import EvaluationResult
@@ -30,6 +33,7 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "evaluate.yaml"
 def check(config: RunConfig) -> None:
     """Raises ValueError for options that contradict each other, or where a model or a set to evaluate is missing."""
     schema.validate_evaluation(config, entry.world_size())
+    check_data(replace(config.data, train={}))
     if config.evaluation.checkpoint:
         entry.require("megatron.core", "megatron.bridge")
 
@@ -86,6 +90,12 @@ def run(config: RunConfig) -> EvaluationResult:
         )
 
 
+def unused(folder: Path) -> Path:
+    """`folder`, or the first of folder_2, folder_3, … that holds no evaluation yet."""
+    others = (folder.with_name(f"{folder.name}_{number}") for number in itertools.count(2))
+    return next(place for place in itertools.chain([folder], others) if not (place / "summary.json").exists())
+
+
 def main(cfg: DictConfig) -> None:
     """Evaluate; on an error say it in one line and exit with 2 for a bad configuration, 1 for a failed run."""
     entry.quiet_libraries()
@@ -93,12 +103,14 @@ def main(cfg: DictConfig) -> None:
     try:
         config = schema.typed(cfg)
         check(config)
-        output = Path(config.output_dir)
+        output = unused(Path(config.output_dir))
+        config.output_dir = str(output)
         result = run(config)
         result.write_jsonl(output / "problems.jsonl")
-        (output / "summary.json").write_text(json.dumps(result.metrics(), indent=2) + "\n")
+        result.write_summary(output / "summary.json")
         for one in result.sets.values():
             print(one, flush=True)
+        print(f"written to {output}: summary.json, problems.jsonl", flush=True)
     except Exception as error:
         entry.fail(output, error)
 

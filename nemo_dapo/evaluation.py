@@ -6,13 +6,15 @@ n samples are drawn of each of N problems. Per problem, with c of its n samples 
     pass@k   1 - C(n - c, k) / C(n, k)         (Chen et al., arXiv 2107.03374, Eq. 1)
     maj@n    is the most frequent answer right  (Wang et al., arXiv 2203.11171); a tie counts by the share of right ones
 
-and the set's value is the mean over problems. A sample whose verifier failed has no verdict: it is left out of n, and
-counted apart; pass@k of a problem with fewer than k verdicts uses those it has.
+and the set's value is the mean over problems. A sample that the engine aborted, or whose verifier failed, has no verdict:
+it is left out of n, and counted apart; pass@k of a problem with fewer than k verdicts uses those it has.
 
 Interval: problems, not samples, are the independent draws, so the variance of a mean is that of the per-problem values
 over N (Miller, arXiv 2411.00640). It enters Wilson's score interval through the effective sample size p (1 - p) / variance
 (Franco et al., J. Survey Stat. Methodol. 7 (3), 2019), which, unlike value +- 1.96 standard errors, stays within [0, 1] and
-does not shrink to nothing when every problem is right or every one is wrong.
+does not shrink to nothing when every problem is right or every one is wrong. The variance is itself estimated, from N
+values: hence Student's t quantile with N - 1 degrees of freedom. benchmarks/intervals.py measures how often the interval
+covers the truth.
 """
 
 from __future__ import annotations
@@ -20,21 +22,22 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scipy.special import stdtrit
 from tqdm import tqdm
 
 from nemo_dapo.config import EvaluationConfig
 from nemo_dapo.files import replacing
 from nemo_dapo.interfaces import Rewarder, RolloutEngine
+from nemo_dapo.rewards.math import canonical
 from nemo_dapo.types import Prompt, Sample, SamplingParams, Verdict
 
-Z95 = 1.959964  # 97.5 % quantile of the normal distribution
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """The n samples of one problem. `correct[i]` is None where the verifier failed; `errors` says how."""
+    """The n samples of one problem. `correct[i]` is None where the verifier failed, `errors` says how, or where the engine
+    aborted the sample."""
 
     set: str
     uid: str
@@ -61,6 +65,7 @@ class ProblemResult:
     correct: list[bool | None]
     extracted: list[str | None]
     errors: list[str | None]
+    aborted: list[bool]
     lengths: list[int]  # response tokens
     truncated: list[bool]
     responses: list[str] = field(default_factory=list)
@@ -91,6 +96,7 @@ class SetResult:
     truncation_rate: float
     mean_length: float
     verifier_errors: int
+    aborted: int  # samples that the engine gave up
     unjudged_problems: int  # without any verdict: left out of the estimates
 
     def metrics(self) -> dict[str, float]:
@@ -102,11 +108,13 @@ class SetResult:
         flat |= {f"{name}_low": one.low for name, one in named.items()}
         flat |= {f"{name}_high": one.high for name, one in named.items()}
         flat["truncation_rate"], flat["mean_length"] = self.truncation_rate, self.mean_length
-        return flat | {"verifier_errors": self.verifier_errors, "unjudged_problems": self.unjudged_problems}
+        counts = {"verifier_errors": self.verifier_errors, "aborted": self.aborted}
+        return flat | counts | {"unjudged_problems": self.unjudged_problems}
 
     def __str__(self) -> str:
         n, most = self.samples, max(self.pass_at)
-        errors = f", {self.verifier_errors} verifier errors" if self.verifier_errors else ""
+        lost = {"verifier errors": self.verifier_errors, "aborted samples": self.aborted}
+        errors = "".join(f", {count} {what}" for what, count in lost.items() if count)
         return (
             f"eval {self.name}: {self.problems} problems, avg@{n} {self.avg}, pass@{most} {self.pass_at[most]}, "
             f"maj@{n} {self.majority}, length {self.mean_length:.0f}, truncated {self.truncation_rate:.1%}{errors}"
@@ -125,10 +133,16 @@ class EvaluationResult:
         return {f"{name}/{key}": value for name, one in self.sets.items() for key, value in one.metrics().items()}
 
     def write_jsonl(self, path: Path) -> None:
-        """One problem a line, whole or not at all."""
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as file:
+        """One problem a line, whole or not at all. ASCII: what a model wrote neither ends a line nor moves a cursor."""
+        with replacing(path) as temporary, temporary.open("w", encoding="ascii") as file:
             for result in self.problems:
-                file.write(json.dumps(_jsonl_row(result)) + "\n")
+                file.write(json.dumps(_jsonl_row(result), allow_nan=False) + "\n")
+
+    def write_summary(self, path: Path) -> None:
+        """The metrics as one JSON object; null where a set has none, as without any verdict."""
+        numbers = {name: None if math.isnan(value) else value for name, value in self.metrics().items()}
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n")
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -139,29 +153,20 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def majority_correct(answers: Sequence[str | None], correct: Sequence[bool | None]) -> float:
-    """1.0 when the most frequent normalised answer is right, 0.0 when wrong or none was found; between them on a tie.
+    """1.0 when the most frequent answer is right, 0.0 when wrong or none was found; between them on a tie.
 
-    Samples without an answer, or without a verdict, do not vote. An answer is right when any of its votes is.
+    What the verifier judged right is one answer, however it is spelt; of the others, those of one canonical spelling are.
+    Samples without an answer, or without a verdict, do not vote.
     """
-    votes: Counter[str] = Counter()
-    right: set[str] = set()
-    for answer, verdict in zip(answers, correct, strict=True):
-        if answer is None or verdict is None:
-            continue
-        key = normalise_answer(answer)
-        votes[key] += 1
-        if verdict:
-            right.add(key)
+    right = object()  # no spelling
+    votes: Counter[object] = Counter(
+        right if verdict else canonical(answer)
+        for answer, verdict in zip(answers, correct, strict=True)
+        if answer is not None and verdict is not None
+    )
     most = max(votes.values(), default=0)
     winners = [answer for answer, count in votes.items() if count == most]
-    return sum(answer in right for answer in winners) / len(winners) if winners else 0.0
-
-
-def normalise_answer(answer: str) -> str:
-    """Spelling that cannot change an answer, removed: white space, case, $, a full stop, thousands commas, 27.0 for 27."""
-    text = re.sub(r"\s+", "", answer).lower().replace("$", "").rstrip(".")
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    return re.sub(r"^([+-]?\d+)\.0+$", r"\1", text).removeprefix("+")
+    return (right in winners) / len(winners) if winners else 0.0
 
 
 def estimate(values: Sequence[float], samples: int = 1) -> Estimate:
@@ -176,8 +181,9 @@ def estimate(values: Sequence[float], samples: int = 1) -> Estimate:
     variance = math.fsum((v - mean) ** 2 for v in values) / max(count - 1, 1) / count
     spread = mean * (1 - mean)
     size = count if spread == 0 else min(spread / variance, count * samples) if variance else count * samples
-    center = (mean + Z95**2 / (2 * size)) / (1 + Z95**2 / size)
-    half = Z95 / (1 + Z95**2 / size) * math.sqrt(spread / size + Z95**2 / (4 * size**2))
+    t = float(stdtrit(max(count - 1, 1), (1 + CONFIDENCE) / 2))
+    center = (mean + t**2 / (2 * size)) / (1 + t**2 / size)
+    half = t / (1 + t**2 / size) * math.sqrt(spread / size + t**2 / (4 * size**2))
     return Estimate(mean, max(0.0, center - half), min(1.0, center + half))
 
 
@@ -196,6 +202,7 @@ def summarise(name: str, results: Sequence[ProblemResult], samples: int) -> SetR
         truncation_rate=sum(truncated) / max(len(truncated), 1),
         mean_length=sum(lengths) / max(len(lengths), 1),
         verifier_errors=sum(error is not None for result in results for error in result.errors),
+        aborted=sum(map(sum, (result.aborted for result in results))),
         unjudged_problems=len(results) - len(judged),
     )
 
@@ -215,7 +222,8 @@ async def evaluate(
 
     `samples` (name -> n) holds where it names a set with n > 0, else the config's; `max_response_length` (tokens) where the
     config's is 0. At most `max_concurrent_sequences` responses are in
-    flight. Deadlines are the engine's and the rewarder's; the first error of theirs stops the rest and is raised.
+    flight; `progress` draws a bar where standard error is a terminal. Deadlines are the engine's and the rewarder's; the
+    first error of theirs stops the rest and is raised.
     """
     if config.samples < 1:
         raise ValueError(f"evaluation.samples={config.samples} must be at least 1")
@@ -228,7 +236,9 @@ async def evaluate(
 
     counts = {name: (samples or {}).get(name) or config.samples for name in sets}
     gate = asyncio.Semaphore(max(1, max_concurrent_sequences // max(counts.values(), default=1)))
-    bar = tqdm(total=sum(map(len, sets.values())), desc="eval", unit="problem", disable=not progress, leave=False)
+    bar = tqdm(
+        total=sum(map(len, sets.values())), desc="eval", unit="problem", leave=False, disable=None if progress else True
+    )
 
     async def one(name: str, prompt: Prompt) -> ProblemResult:
         async with gate:
@@ -248,19 +258,19 @@ def problem_result(
     name: str, prompt: Prompt, samples: Sequence[Sample], verdicts: Sequence[Verdict], *, keep_responses: bool = False
 ) -> ProblemResult:
     """One problem's record. An aborted sample has no verdict, whatever the verifier made of it."""
-    errors = [
-        "aborted by the engine" if sample.finish_reason == "abort" else verdict.error
-        for sample, verdict in zip(samples, verdicts, strict=True)
-    ]
+    aborted = [sample.finish_reason == "abort" for sample in samples]
+    errors = [None if gone else verdict.error for gone, verdict in zip(aborted, verdicts, strict=True)]
+    unjudged = [gone or error is not None for gone, error in zip(aborted, errors, strict=True)]
     return ProblemResult(
         set=name,
         uid=prompt.uid,
         problem=prompt.problem,
         ground_truth=prompt.ground_truth,
         source=prompt.source,
-        correct=[None if e is not None else v.correct for e, v in zip(errors, verdicts, strict=True)],
+        correct=[None if missing else v.correct for missing, v in zip(unjudged, verdicts, strict=True)],
         extracted=[verdict.extracted for verdict in verdicts],
         errors=errors,
+        aborted=aborted,
         lengths=[len(sample.token_ids) for sample in samples],
         truncated=[sample.truncated for sample in samples],
         responses=[sample.text for sample in samples] if keep_responses else [],
