@@ -175,8 +175,8 @@ class RewardConfig:
 
 @dataclass
 class AlgorithmConfig:
-    prompts_per_step: int = number(512, at_least=1)  # N
-    group_size: int = number(16, at_least=2, why="Eq. 9 compares the samples of a group")  # G
+    prompts_per_step: int = number(512, at_least=1)  # N, the informative groups a step trains on
+    group_size: int = number(16, at_least=2, why="Eq. 9 compares the samples of a group")  # G, the samples of a prompt
     minibatch_size: int = number(512, at_least=1)  # sequences an optimizer step
     clip_low: float = number(0.2, above=0, at_most=1)  # the ratio is clipped below at 1 - clip_low
     clip_high: float = number(0.28, above=0)  # the ratio is clipped above at 1 + clip_high
