@@ -130,6 +130,10 @@ def check(config: RunConfig) -> None:
     schema.validate(config, entry.world_size())
     if is_rank_zero():  # which alone reads the data
         check_data(config.data)
+    if config.algorithm.loss:
+        from nemo_dapo.loss import load_loss_fn
+
+        load_loss_fn(config.algorithm)  # a name that cannot be used is said before the servers start
 
 
 def prepare(cfg: DictConfig) -> RunConfig:

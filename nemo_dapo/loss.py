@@ -1,4 +1,4 @@
-"""The loss of a micro-batch as the policy wants it: a sum over response tokens, composed from `algorithm.py`."""
+"""The loss of a micro-batch, a sum over its response tokens: composed from `algorithm.py`, or the user's own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from nemo_dapo import algorithm
 from nemo_dapo.batching import MicroBatch
 from nemo_dapo.config import AlgorithmConfig
 from nemo_dapo.interfaces import LossFn
+from nemo_dapo.user_code import user_function
+
+
+def load_loss_fn(config: AlgorithmConfig) -> LossFn:
+    """The loss of a run: `make_loss_fn(config)`, or what the function that `algorithm.loss` names makes of `config`.
+
+    Raises ValueError for a name that cannot be used.
+    """
+    make = user_function(config.loss, "algorithm.loss") if config.loss else make_loss_fn
+    loss_fn: LossFn = make(config)
+    return loss_fn
 
 
 def make_loss_fn(config: AlgorithmConfig) -> LossFn:

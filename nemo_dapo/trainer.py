@@ -23,7 +23,7 @@ from nemo_dapo.config import Resume, RunConfig
 from nemo_dapo.controller import Controller, Rollout
 from nemo_dapo.coordination import found_alike, lead, never, share_batch, share_number
 from nemo_dapo.interfaces import NonFiniteGradientError, Policy
-from nemo_dapo.loss import make_loss_fn
+from nemo_dapo.loss import load_loss_fn
 from nemo_dapo.telemetry.memory import memory_record
 from nemo_dapo.telemetry.metrics import Last, Max, Mean, Metric, Sum, merge, merge_across_ranks, values
 from nemo_dapo.types import TrainBatch
@@ -49,7 +49,7 @@ class DAPOTrainer:
     ) -> None:
         self.config, self.policy, self.controller, self.group = config, policy, controller, group
         self.checkpoints = run_dir / "checkpoints"
-        self.loss_fn = make_loss_fn(config.algorithm)
+        self.loss_fn = load_loss_fn(config.algorithm)
         self.progress = Progress()
         self.parity_checked = False
         self.record: dict[str, Metric] = {}

@@ -204,6 +204,10 @@ CONTRADICTIONS = {
         ["reward.correct=0.0", "exceed reward.incorrect=0.0", "1 and -1"],
     ),
     "a function that is none": (["reward.function=nope"], ["reward.function='nope'", "package.module:name", "http(s)"]),
+    "a loss that is none": (
+        ["algorithm.loss=my_losses"],
+        ["algorithm.loss='my_losses'", "package.module:name", "LossFn"],
+    ),
     "a term that is none": (
         ["reward.extra.style.function=a/b.py:f"],
         ["reward.extra.style.function='a/b.py:f'", "my_package.rewards:my_function"],

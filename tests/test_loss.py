@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from nemo_dapo.batching import MicroBatch, pack
 from nemo_dapo.config import AlgorithmConfig, KLEstimator
-from nemo_dapo.loss import make_loss_fn
+from nemo_dapo.loss import load_loss_fn, make_loss_fn
 from nemo_dapo.types import TrainBatch
 
 
@@ -122,3 +124,23 @@ def test_a_micro_batch_without_sequences_adds_nothing() -> None:
     assert not any(value.item() for value in sums.values())
     assert logprobs.grad is not None
     assert not logprobs.grad.any()
+
+
+def test_a_loss_of_ones_own_is_found_where_the_run_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vanilla policy gradient, in a module that nothing of ours knows."""
+    (tmp_path / "my_losses.py").write_text(
+        "def policy_gradient(config):\n"
+        "    def loss_fn(logprobs, entropy, micro):\n"
+        "        return config.clip_high * -(micro.advantages * logprobs)[micro.mask].sum(), {}\n"
+        "    return loss_fn\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    loss_fn = load_loss_fn(AlgorithmConfig(loss="my_losses:policy_gradient", clip_high=0.5))
+    assert loss_fn(*scores(-3.0), micro_batch())[0].item() == 0.5 * 2 * 2 * 3  # 2 tokens, advantage 2, -log p = 3
+    for wrong, said in (
+        ("my_losses:nothing", "has no function 'nothing'"),
+        ("no_such_module:f", "ModuleNotFoundError"),
+    ):
+        with pytest.raises(ValueError, match=f"algorithm.loss '{wrong}': .*{said}"):
+            load_loss_fn(AlgorithmConfig(loss=wrong))

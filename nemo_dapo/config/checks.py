@@ -112,6 +112,8 @@ def _check_algorithm(a: AlgorithmConfig) -> Iterator[str]:
             f"algorithm.minibatch_size={a.minibatch_size} must divide prompts_per_step * group_size = "
             f"{a.prompts_per_step} * {a.group_size} = {size}"
         )
+    if a.loss and not FUNCTION.fullmatch(a.loss):
+        yield f"algorithm.loss={a.loss!r} must be package.module:name of a function (AlgorithmConfig) -> LossFn"
 
 
 def _check_lengths(config: RunConfig, model: dict[str, Any] | None) -> Iterator[str]:

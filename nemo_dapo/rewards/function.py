@@ -12,7 +12,6 @@ service (`remote`). What a function prints goes to the run's `rewards.log`.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from nemo_dapo.rewards.signature import GROUP, PLAIN, read_signature
 from nemo_dapo.rewards.verdict import make_verdict, to_verdict
 from nemo_dapo.telemetry.escape import printable
 from nemo_dapo.types import Prompt, Verdict
+from nemo_dapo.user_code import user_function
 
 MAX_ERROR = 500  # characters of an exception's text
 
@@ -101,19 +101,7 @@ def _add(verdict: Verdict, extras: list[tuple[str, float, Verdict]], correct: fl
 
 
 def _import(spec: str) -> Callable[..., Any]:
-    module_name, _, name = spec.partition(":")
-    expected = "expected package.module:name of an importable function, or an http(s) address"
-    if not module_name or not name:
-        raise ValueError(f"reward function {spec!r}: {expected}; write it as in my_package.rewards:my_function")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may fail in any way
-        remedy = "put its folder on PYTHONPATH, or mend the import"
-        raise ValueError(f"reward function {spec!r}: {type(error).__name__}: {error}; {expected}; {remedy}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"reward function {spec!r}: {module_name} has no function {name!r}; {expected}")
-    return function
+    return user_function(spec, "reward function", ", or an http(s) address")
 
 
 def _each(call: Callable[[Prompt, str], Any], judge: Callable[[Any], Verdict]) -> GroupReward:
