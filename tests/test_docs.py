@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from nemo_dapo.config import RunConfig, compose_file, register, typed, validate, validate_evaluation
 from nemo_dapo.config.model_family import FAMILIES
+from nemo_dapo.sampling import DropReason
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -79,6 +80,14 @@ def values_set(code: str) -> list[str]:
     return re.findall(r"(?<![\w./-])\+?([a-z_]+(?:\.[\w-]+)*)=", code)
 
 
+@cache
+def texts_in_the_code() -> tuple[str, ...]:
+    """Constant parts of every string, adjacent literals joined as Python joins them."""
+    files = [*(ROOT / "nemo_dapo").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    nodes: Iterator[ast.AST] = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
+    return tuple(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
 @every_page
 def test_every_option_that_is_set_exists(page: Path) -> None:
     wrong = [name for code in code_of(page) for name in values_set(code) if "." in name and not is_option(name)]
@@ -110,6 +119,14 @@ def test_every_file_that_is_named_exists(page: Path) -> None:
             place = ROOT / "tests" / name if name.startswith("test_") else ROOT / name.rstrip(".")
             written_by_the_reader = place.name == "first.yaml"
             assert written_by_the_reader or place.exists() or list(ROOT.glob(name)), name
+
+
+@every_page
+def test_every_metric_that_is_named_is_recorded(page: Path) -> None:
+    named = {name for code in code_of(page) for name in re.findall(r"(?<![\w/])(?:rollout|train|memory)/\w+", code)}
+    reasons = {f"rollout/dropped_{reason.value}" for reason in DropReason}
+    of_updates = {f"train/{name}" for name in texts_in_the_code()}
+    assert named <= {*texts_in_the_code(), *reasons, *of_updates}
 
 
 @every_page
@@ -180,14 +197,6 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
 def test_the_readme_lists_the_models_that_train() -> None:
     named = set(re.findall(r"`(\w+ForCausalLM)`", (ROOT / "README.md").read_text()))
     assert named == {family.architecture for family in FAMILIES.values()}
-
-
-@cache
-def texts_in_the_code() -> tuple[str, ...]:
-    """Constant parts of every string, adjacent literals joined as Python joins them."""
-    files = [*(ROOT / "nemo_dapo").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
-    nodes: Iterator[ast.AST] = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
-    return tuple(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
 def test_messages_in_the_troubleshooting_page_are_the_codes_own_words() -> None:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import pkgutil
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 from nemo_dapo.config import DataSetConfig
 from nemo_dapo.data.problem import Problem
+from nemo_dapo.user_code import user_module
 
 COMMON = frozenset({"format", "weight", "max_problems", "samples"})  # read by whoever loads a set, whatever its schema
 FILES = frozenset({"path", "hub", "subset", "split", "streaming"})  # read by readers.read_rows
@@ -34,7 +33,7 @@ def find(name: str) -> ModuleType:
     hint = f"; did you mean {near[0]}?" if near else ""
     known = f"format={name!r} is none of {', '.join(names())}{hint}"
     try:
-        module = _import(name)
+        module = user_module(name)
     except ModuleNotFoundError as error:
         if not name.startswith(str(error.name)):
             raise  # of a module that this one imports
@@ -45,13 +44,6 @@ def find(name: str) -> ModuleType:
     if not callable(getattr(module, "problems", None)):
         raise ValueError(f"{known}, and the module {name} has no function problems(config) -> Iterator[Problem]")
     return module
-
-
-def _import(name: str) -> ModuleType:
-    """A user's module; a script's path lacks the folder it was started in, which comes last so that it hides nothing."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    return importlib.import_module(name)
 
 
 def names() -> list[str]:
