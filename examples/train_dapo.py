@@ -148,13 +148,27 @@ def prepare(cfg: DictConfig) -> RunConfig:
     return config
 
 
+def finished(config: RunConfig) -> str | None:
+    """The line for a run that has taken all its steps and written its model, so that a restart brings no servers up."""
+    from nemo_dapo import checkpoint
+
+    run_dir, steps = Path(config.output_dir), config.trainer.max_steps
+    step = checkpoint.latest(run_dir / "checkpoints") if config.checkpoint.resume is schema.Resume.auto else None
+    if step is None or step < steps or (config.checkpoint.export and not (run_dir / "trained").is_dir()):
+        return None
+    return f"nothing to do: {run_dir} is at step {step} of trainer.max_steps={steps}; raise it to go on from there"
+
+
 def main(cfg: DictConfig) -> None:
     """Train; on an error say it in one line and exit with 2 for a bad configuration, 1 for a failed run."""
     entry.quiet_libraries()
     config = None
     try:
         config = prepare(cfg)
-        train(config)
+        if (line := finished(config)) is None:
+            train(config)
+        elif is_rank_zero():
+            print(line, flush=True)
     except Exception as error:
         entry.fail(None if config is None else Path(config.output_dir), error)
 
