@@ -13,7 +13,7 @@ COPY . .
 RUN pip install --no-cache-dir --no-deps --editable . && /opt/vllm/bin/pip install --no-cache-dir --no-deps .
 
 # A missing piece fails the build, not the job.
-RUN python -c "from nemo.core.config import hydra_runner; import math_verify, datasets, httpx, tensorboard" \
+RUN python -c "from nemo.core.config import hydra_runner; import mpmath, datasets, httpx, tensorboard" \
  && python -c "import torch, megatron.core, megatron.bridge, transformer_engine; import nemo_dapo.trainer, nemo_dapo.controller" \
  && /opt/vllm/bin/python -c "import vllm, nemo_dapo.rollout.vllm_plugin"
 ENV VLLM_PYTHON=/opt/vllm/bin/python

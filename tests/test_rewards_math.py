@@ -1,24 +1,19 @@
-"""The permissive verifier: where it finds an answer, what it calls equal, and what it never does."""
+"""The permissive verifier: no wrong answer is paid, class by class; then the right ones that must not be refused."""
 # ruff: noqa: E501
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hostile_answers import TRUTH, hostile_responses
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from math_pairs import EQUATIONS, RIGHT, TAUTOLOGIES, WRONG
 
-from nemo_dapo.rewards import math_dapo
-from nemo_dapo.rewards.extract import find_answer
 from nemo_dapo.rewards.math import verify
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
-MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
-GSM8K_PATTERN = r"(?m)^A:[ \t]*(.+)$"
 
 EQUAL = [
     ("5", "5"), ("1,234", "1234"), ("$18$", "18"), (r"\$18.00", "18"), ("$18", "18 dollars"), ("18 dollars per day", "18"), ("18 eggs", "18"),
@@ -43,127 +38,207 @@ UNEQUAL = [
     ("Wednesday", "Tuesday"), ("2x+4", "2x+3"), ("1, 2", "1, 2, 2"), ("5 million", "5"), ("5 minus 1", "5"), ("42:1", "42"),
 ]  # fmt: skip
 
+small = st.integers(2, 99)
+letters = st.sampled_from("abkmnprstwxyz")
 
-@pytest.mark.parametrize(("answer", "truth"), EQUAL)
+
+def paid(answer: str, truth: str) -> bool:
+    verdict = verify(f"We compute.\n\\boxed{{{answer}}}", truth)
+    assert verdict.error is None, verdict
+    return verdict.correct
+
+
+@pytest.mark.parametrize(("answer", "truth"), EQUAL + [pair for pairs in RIGHT.values() for pair in pairs])
 def test_one_value_in_two_spellings_is_correct(answer: str, truth: str) -> None:
-    verdict = verify(f"Some steps.\nAnswer: {answer}", truth)
-    assert verdict.correct, verdict
-    assert verdict.error is None
+    assert paid(answer, truth)
 
 
-@pytest.mark.parametrize(("answer", "truth"), UNEQUAL)
+@pytest.mark.parametrize(("answer", "truth"), UNEQUAL + [pair for pairs in WRONG.values() for pair in pairs])
 def test_another_value_is_incorrect_and_no_error(answer: str, truth: str) -> None:
-    verdict = verify(f"Some steps.\nAnswer: {answer}", truth)
-    assert not verdict.correct
-    assert verdict.error is None
+    assert not paid(answer, truth)
 
 
-@pytest.mark.parametrize(
-    ("answer", "truth", "other"),
-    [
-        ("x < 5", "5 > x", "6 > x"),
-        (r"x \le 5", r"(-\infty,5]", r"(-\infty,5)"),
-        (r"x\in[2,3]", "[2,3]", "[2,4]"),
-        (r"\log 100", r"2\log 10", r"3\log 10"),
-    ],
+@pytest.mark.parametrize("truth", [truth for pairs in (*WRONG.values(), *RIGHT.values()) for _, truth in pairs])
+def test_every_truth_is_equal_to_itself(truth: str) -> None:
+    assert paid(truth, truth)
+
+
+@pytest.mark.parametrize("truth", EQUATIONS)
+def test_a_tautology_is_the_answer_to_no_equation(truth: str) -> None:
+    assert [answer for answer in TAUTOLOGIES if paid(answer, truth)] == []
+
+
+@given(letters, small, small, st.sampled_from(EQUATIONS))
+def test_no_expansion_is_the_answer_to_an_equation(x: str, a: int, b: int, truth: str) -> None:
+    for identity in (
+        f"({x}+{a})^2={x}^2+{2 * a}{x}+{a * a}",
+        f"({x}-{a})({x}+{b})={x}^2+({b - a}){x}-{a * b}",
+        rf"0.{a}+0.{b}={Fraction(int(a), 10 ** len(str(a))) + Fraction(int(b), 10 ** len(str(b)))}",
+        rf"\sqrt{{{a}}}\cdot\sqrt{{{a}}}={a}",
+        rf"\frac{{{x}}}{{{a}}}\cdot {a}={x}",
+        f"{a}={a}",
+    ):
+        assert not paid(identity, truth), identity
+
+
+@given(st.sampled_from("abmnrtx"), small, small)
+def test_a_letter_in_its_other_case_is_another_quantity(x: str, a: int, b: int) -> None:
+    for form in (
+        "{0}-{1}",
+        "{2}{0}^2-{3}{1}^2",
+        r"\frac{{{0}}}{{{1}}}",
+        r"\pi({0}^2-{1}^2)",
+        r"\frac{{{0}{1}}}{{{0}+{2}{1}}}",
+        "{0}={2}",
+        "({0},{2})",
+    ):
+        truth = form.format(x.upper(), x, a, b)
+        for mutant in (
+            form.format(x, x.upper(), a, b),
+            form.format(x, x, a, b),
+            form.format(x.upper(), x.upper(), a, b),
+        ):
+            if mutant != truth:
+                assert not paid(mutant, truth), (mutant, truth)
+
+
+@given(st.integers(100, 3_000), st.integers(1, 9))
+def test_large_and_small_numbers_are_compared_to_their_last_digit(n: int, d: int) -> None:
+    for truth, near in (
+        (f"2^{{{n}}}", f"2^{{{n}}}+{d}"),
+        (rf"\frac{{1}}{{2^{{{n}}}}}", rf"\frac{{1}}{{2^{{{n + d}}}}}"),
+        (f"1-2^{{-{n}}}", "1"),
+        (f"2^{{-{n}}}", "0"),
+        (f"{n % 200 + 60}!", f"{n % 200 + 60}!+{d}"),
+        (rf"\sqrt{{{d}+10^{{-{n % 200}}}}}", rf"\sqrt{{{d}}}"),
+        (rf"x^{d}\cdot10^{{-{n % 200 + 40}}}", "0"),
+    ):
+        assert not paid(near, truth), (near, truth)
+        assert not paid(truth, near), (truth, near)
+
+
+@given(
+    st.lists(small, min_size=2, max_size=4, unique=True),
+    small,
+    st.sampled_from([r" \quad ", r" \\ ", r"\ ", "\n", ", ", " ", r" \text{ and } "]),
 )
-def test_what_only_algebra_can_tell_is_left_to_math_verify(answer: str, truth: str, other: str) -> None:
-    assert verify(f"Answer: {answer}", truth).correct
-    assert not verify(f"Answer: {answer}", other).correct
+def test_a_system_is_all_its_equations_whatever_stands_between(values: list[int], other: int, gap: str) -> None:
+    assume(other not in values)
+    equations = [f"{name}={value}" for name, value in zip("xyzw", values, strict=False)]
+    truth = gap.join(equations)
+    assert paid(", ".join(equations), truth)
+    assert paid(", ".join(reversed(equations)), truth)
+    for i, name in enumerate("xyzw"[: len(values)]):
+        assert not paid(gap.join([*equations[:i], f"{name}={other}", *equations[i + 1 :]]), truth)
+    assert not paid(equations[-1], truth)
+    assert not paid(str(values[-1]), truth)
 
 
-@pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        ("Answer: 1\nAnswer: 2", "2"),
-        ("**Answer:** 3", "3"),
-        ("### Final Answer:\n\n4", "4"),
-        ("The answer is 5. Check: 2 + 3 = 5.", "5"),
-        ("The final answer is: $6$. I hope it is correct.", "$6$"),
-        (r"\boxed{1} so \boxed{\frac{7}{2}}", r"\frac{7}{2}"),
-        (r"Answer: $\boxed{8}$", "8"),
-        (r"Answer: we get $\boxed{8}$ apples", "8"),
-        (r"\boxed{9} and then \boxed{10", "9"),
-        ("It is 3.\n#### 11", "11"),
-        ("#### 4. Check\nAnswer: 12\n#### 5. Done", "12"),
-        ("Answer: 13.", "13"),
-        (r"\boxed{\boxed{14}}", "14"),
-        ("no statement 15", None),
-    ],
+@given(st.lists(small, min_size=2, max_size=3, unique=True), small)
+def test_a_list_with_plus_minus_is_all_its_values(values: list[int], other: int) -> None:
+    assume(other not in values)
+    first, second = values[:2]
+    truth = rf"x={first}, x=\pm {second}"
+    for right in (f"{first}, {second}, -{second}", rf"{first}, \pm{second}", rf"\{{{first}, -{second}, {second}\}}"):
+        assert paid(right, truth)
+    for wrong in (
+        rf"x={other}, x=\pm {second}",
+        rf"x={first}, x=\pm {other}",
+        rf"\pm {second}",
+        f"{first}, {second}",
+        f"{first}",
+    ):
+        assert not paid(wrong, truth)
+
+
+@given(st.integers(3, 9), st.integers(3, 9), st.data())
+def test_a_number_in_a_base_is_that_number_in_that_base(base: int, other: int, data: st.DataObject) -> None:
+    digits = "".join(data.draw(st.lists(st.sampled_from("12"), min_size=2, max_size=6)))
+    truth = f"{digits}_{base}"
+    assert paid(f"{digits}_{{{base}}}", truth)
+    assert paid(f"{int(digits, base)}_{{10}}", truth)
+    assert not paid(digits, truth)
+    assert not paid(str(int(digits, base)), truth)
+    assert not paid(truth, digits)
+    assume(base != other)
+    assert not paid(f"{digits}_{other}", truth)
+
+
+@given(st.sampled_from("fghFG"), st.sampled_from("xtn"), small, small)
+def test_a_function_applied_is_no_product(f: str, x: str, a: int, b: int) -> None:
+    assume(a != b)
+    for truth, wrong in (
+        (f"{f}({a}{x})", f"{a}{f}({x})"), (f"{f}({a})", f"{a}{f}"), (f"{f}({x}+{a})", f"{f}({x})+{a}"), (f"{f}({a}{x})", f"{f}({b}{x})"),
+        (f"{f}(-{x})", f"-{f}({x})"), (f"{f}'({x})", f"{f}({x})"), (f"{f}({f}({x}))", f"{f}({x})^2"), (f"{f}(0)", "0"), (f"{f}^{{-1}}({x})", rf"\frac{{{x}}}{{{f}}}"),
+    ):  # fmt: skip
+        assert not paid(wrong, truth), (wrong, truth)
+    assert paid(f"{b}+{a}{f}({x}+1)", f"{a}{f}(1+{x})+{b}")
+    assert paid(f"{x}({x}+{a})", f"{x}^2+{a}{x}")
+
+
+@given(small, small, small)
+def test_an_equation_between_constants_is_only_itself(a: int, b: int, c: int) -> None:
+    assume(b != c)
+    assert not paid(rf"\log_{{{a}}} {b} = {c}", rf"\log_{{{a}}} {b} = {b}")
+    assert not paid(f"{a}+{b}={a + c}", f"{a}+{b}={a + b}")
+    assert not paid(f"{a}+{b}={a + c}", str(a + c))
+    assert not paid(f"x={a}+{b}={a + c}", str(a + c))
+    assert not paid(rf"\sqrt{{{a}}}\approx {b}.25", rf"\sqrt{{{a}}}\approx {c}.25")
+    assert paid(f"{a}+{b}={a + b}", str(a + b))
+
+
+@given(
+    small,
+    st.sampled_from(["m", "cm", "kg", "m/s", "km/h", "mph", "cm^2", "m per hour"]),
+    st.sampled_from(["g", "mm", "m/min", "kg/s", "cm^3", "miles per minute"]),
 )
-def test_the_last_statement_is_the_answer(response: str, answer: str | None) -> None:
-    found = find_answer(response)
-    assert (found and found.replace(r"\boxed{14}", "14")) == answer
+def test_a_unit_may_be_left_out_and_not_be_another(value: int, unit: str, other: str) -> None:
+    assert paid(str(value), f"{value} {unit}")
+    assert paid(f"{value} {unit}", str(value))
+    assert not paid(f"{value} {other}", f"{value} {unit}")
 
 
-def test_an_absent_answer_is_incorrect_and_no_error() -> None:
-    verdict = verify("I ran out of", "5")
-    assert (verdict.correct, verdict.extracted, verdict.error) == (False, None, None)
+@given(
+    small,
+    st.sampled_from(
+        [
+            "tens",
+            "hundred",
+            "lakh",
+            "crore",
+            "million",
+            "quintillion",
+            "per mille",
+            "squared",
+            "below zero",
+            "dozen",
+            "minus 1",
+            "or so less",
+        ]
+    ),
+)
+def test_a_number_word_makes_another_number(value: int, word: str) -> None:
+    assert not paid(f"{value} {word}", str(value))
 
 
-def test_answer_patterns_replace_the_built_in_ones() -> None:
-    assert verify("A: 7", "7", answer_patterns=[GSM8K_PATTERN]).correct
-    assert not verify("Answer: 7", "7", answer_patterns=[GSM8K_PATTERN]).correct
-
-
-def test_a_failing_symbolic_comparison_is_an_error_not_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(answer: str, truth: str) -> bool:
-        raise TimeoutError("too slow")
-
-    monkeypatch.setattr("nemo_dapo.rewards.symbolic.equal", fail)
-    assert verify("Answer: x < 5", "5 > x").error == "timeout: TimeoutError: too slow"
-
-
-def gsm8k_solutions() -> list[tuple[str, str, bool]]:
-    path = DATA / "gsm8k" / "model_solutions.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    truths = [row["ground_truth"].rpartition("A:")[2].strip() for row in rows]
-    return [
-        (row[m]["solution"], truth, row[m]["is_correct"])
-        for row, truth in zip(rows, truths, strict=True)
-        for m in MODELS
-    ]
-
-
-def test_every_label_of_the_gsm8k_solutions_is_reproduced() -> None:
-    solutions = gsm8k_solutions()
-    wrong = [s for s in solutions if verify(s[0], s[1], answer_patterns=[GSM8K_PATTERN]).correct != s[2]]
-    assert len(solutions) == 5276
-    assert wrong == []
-
-
-def test_the_strict_rule_gives_the_same_verdicts_on_the_same_texts_in_its_format() -> None:
-    for solution, truth, label in gsm8k_solutions():
-        rewritten = solution.replace("\nA:", "\nAnswer:")
-        assert math_dapo.verify(rewritten, truth).correct == verify(rewritten, truth).correct == label
-
-
-def competition_answers() -> list[int]:
-    paths = [DATA / name / "test.jsonl" for name in ("aime24", "amc23")]
-    if not all(path.exists() for path in paths):
-        pytest.skip(f"{paths} are absent")
-    return [int(float(json.loads(line)["answer"])) for path in paths for line in path.read_text().splitlines()]
-
-
-def test_aime_and_amc_answers_are_accepted_in_every_form_and_refused_with_another_digit() -> None:
-    forms = [
-        "Answer: {}",
-        "Answer: ${}$",
-        r"\boxed{{{}}}",
-        "The answer is {}.",
-        "Answer: {}.0",
-        r"**Answer:** \(\boxed{{{}}}\)",
-        "#### {}",
-        "Answer: $x = {}$",
-    ]
-    for answer in competition_answers():
-        for form in forms:
-            for truth in (str(answer), f"{answer}.0", f"{answer:03d}"):
-                assert verify(form.format(answer), truth).correct, (form, truth)
-                assert not verify(form.format(answer + 1), truth).correct
-                assert not verify(form.format(f"{answer}1"), truth).correct
+@given(
+    st.permutations("ABCDE"),
+    st.sampled_from(
+        [
+            "{0} or {1}",
+            "{0}. Actually it is ({2})",
+            "{0}. Wait, {1}",
+            "({0})({1})",
+            "{0}, {1}",
+            "not {0}",
+            "{0}{1}",
+            "{0}) no, ({2})",
+        ]
+    ),
+)
+def test_a_hedged_choice_is_none(order: list[str], form: str) -> None:
+    right, other = order[:2]
+    assert not paid(form.format(right, other, other.lower()), right)
 
 
 def spellings(value: Fraction) -> list[str]:
@@ -245,7 +320,72 @@ def test_no_text_makes_the_verifier_fail(text: str) -> None:
     assert not verdict.correct or "31415926" in text
 
 
+PIECES = [
+    r"\frac{",
+    r"\sqrt{",
+    "}",
+    "{",
+    "(",
+    ")",
+    "[",
+    "]",
+    "^",
+    "_",
+    "2",
+    "10",
+    "x",
+    "f(",
+    "+",
+    "-",
+    "*",
+    "/",
+    "=",
+    ",",
+    r"\pi",
+    r"\pm",
+    "!",
+    "|",
+    "<",
+    r"\cup",
+    "n",
+    "°",
+    r"\le",
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=40),
+    st.sampled_from(
+        ["x=5", r"\frac{x}{2}", "(1,2)", r"\{1,2\}", "x<3", r"1\pm\sqrt2", "f(2x)", r"\begin{pmatrix}1\\2\end{pmatrix}"]
+    ),
+)
+def test_no_half_formula_makes_the_verifier_fail(pieces: list[str], truth: str) -> None:
+    verdict = verify("Answer: " + "".join(pieces), truth)
+    assert verdict.error is None
+
+
 def test_no_hostile_answer_is_correct() -> None:
     responses = hostile_responses()
     assert len(set(responses)) >= 500
     assert [response[:80] for response in responses if verify(response, TRUTH).correct] == []
+
+
+def test_an_absent_answer_is_incorrect_and_no_error() -> None:
+    verdict = verify("I ran out of", "5")
+    assert (verdict.correct, verdict.extracted, verdict.error) == (False, None, None)
+
+
+def test_a_failing_comparison_is_an_error_not_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(answer: str, truth: str) -> bool:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr("nemo_dapo.rewards.math.equal", fail)
+    assert verify("Answer: x < 5", "5 > x").error == "memory: MemoryError: too large"
+
+
+def test_the_verifier_needs_neither_torch_nor_sympy() -> None:
+    code = "import sys; from nemo_dapo.rewards.math import verify; verify('Answer: x+1', '1+x'); print(sorted({'torch', 'sympy'} & set(sys.modules)))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -22,6 +22,8 @@ from nemo_dapo.rewards.math_dapo import normalize, verify
         ("30^\\circ", "30"),
         ("so $8$ it is", "8"),
         (" -3 ", "-3"),
+        ("\n$$34$$", ""),
+        ("see\n$5$ it is", "see\n5"),
     ],
 )
 def test_the_normalisation_follows_the_recipe(text: str, normalized: str) -> None:

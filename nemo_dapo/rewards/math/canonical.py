@@ -1,15 +1,10 @@
-"""One key for the cheap spellings of one answer: what counts votes compares these, as the verifier would cost too much."""
+"""One key for the cheap spellings of one answer: for counting votes, where the verifier would cost too much."""
 
 from __future__ import annotations
 
-import re
-
-from nemo_dapo.rewards.extract import MAX_ANSWER
-from nemo_dapo.rewards.normalize import normalize
-from nemo_dapo.rewards.quantity import parse_quantity
-
-_LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
-_WORD = re.compile(r"[A-Za-z]{2,}")
+from nemo_dapo.rewards.math.extract import MAX_ANSWER
+from nemo_dapo.rewards.math.normalize import key, normalize
+from nemo_dapo.rewards.math.quantity import parse_quantity
 
 
 def canonical(answer: str) -> str:
@@ -26,4 +21,4 @@ def canonical(answer: str) -> str:
     number = parse_quantity(text)
     if number:
         return f"{number.value}%" if number.percent else str(number.value)
-    return _WORD.sub(lambda m: m[0].lower(), _LOOSE_SPACE.sub("", text))
+    return key(text)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_dapo.rewards.extract import MAX_TAIL
+from nemo_dapo.rewards.math.extract import MAX_TAIL
 from nemo_dapo.rewards.pool.process import ItemTimeoutError, WorkerLostError, WorkerProcess
 from nemo_dapo.telemetry.escape import printable
 from nemo_dapo.types import Prompt, Sample, Verdict
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERIFIERS = {"math": "nemo_dapo.rewards.math:verify", "dapo": "nemo_dapo.rewards.math_dapo:verify"}  # by reward.style
-START_TIMEOUT = 180.0  # seconds until all workers must be ready: sympy's import costs 2 s of a core each
+START_TIMEOUT = 180.0  # seconds until all workers must be ready: a user's function may import much
 _MAX_UNITS = 32  # in one message
 _MAX_CHARACTERS = 1 << 21  # in one message
 _PENDING_PER_WORKER = 128  # units in flight: enough to keep every worker busy, bounded in memory

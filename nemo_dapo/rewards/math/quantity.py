@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from nemo_dapo.rewards.units import read_unit
+from nemo_dapo.rewards.math.units import agree, currency_unit, read_unit
 
 MAX_DIGITS = 200  # of one number; Python integers of this size cost nothing
 MAX_EXPONENT = 400  # of a power of ten
@@ -29,13 +29,17 @@ _SIGNED = rf"[+-]? ?{_DECIMAL}"
 _TEN_TO = r"10 ?(?:\^|\*\*) ?[{(]?([+-]?[0-9]{1,4})[})]?"
 
 _SIMPLE = re.compile(r"-?[0-9]{1,18}")
-_PREFIX = re.compile(r"([+-]?) ?((?:US|USD ?|Rs\.? ?)?\$?|[€£¥₹]|USD ?|Rs\.? ?)(-?) ?")
+_PREFIX = re.compile(r"([+-]?) ?((?:US ?\$|\$|[€£¥₹]|USD|Rs\.?|INR|EUR|GBP)?) ?(-?) ?")
 _MIXED = re.compile(r"([0-9]+) ?\\frac\{ ?([0-9]+) ?\}\{ ?([0-9]+) ?\}|([0-9]+) ([0-9]+) ?/ ?([0-9]+)")
 _RATIO = re.compile(
     rf"\\frac\{{ ?({_SIGNED}) ?\}}\{{ ?({_SIGNED}) ?\}}|({_DECIMAL}) ?/ ?({_SIGNED})|\(({_SIGNED})\) ?/ ?\(({_SIGNED})\)"
 )
 _SCIENTIFIC = re.compile(rf"({_DECIMAL})(?:[eE]([+-]?[0-9]{{1,4}})(?![0-9])| ?\* ?{_TEN_TO})|{_TEN_TO}")
 _NUMBER = re.compile(_DECIMAL)
+_REPEATING = re.compile(
+    r"([0-9]*)\.(?:([0-9]*)\\(?:overline|bar|dot) ?\{? ?([0-9]+) ?\}?|([0-9]*?(?:([0-9]{1,2})\5\5+))(?:\.\.\.))"
+)
+_DOTTED = re.compile(r"([0-9]*?)([0-9]{1,2})\2\2+")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def parse_quantity(text: str) -> Quantity | None:
     sign = -1 if prefix and "-" in (prefix[1], prefix[3]) else 1
     start = prefix.end() if prefix else 0
     found = _read_mixed(text, start) or _read_ratio(text, start) or _read_scientific(text, start)
-    found = found or _read_number(text, start)
+    found = found or _read_repeating(text, start) or _read_number(text, start)
     if found is None:
         return None
     quantity, end = found
@@ -70,7 +74,7 @@ def parse_quantity(text: str) -> Quantity | None:
 
 def same_quantity(answer: Quantity, truth: Quantity) -> bool:
     """Whether `answer` is `truth` by the rule in this module's docstring."""
-    if answer.unit and truth.unit and answer.unit != truth.unit:
+    if not agree(answer.unit, truth.unit):
         return False
     if answer.percent == truth.percent:
         return _same_value(answer, truth)
@@ -83,8 +87,10 @@ def same_quantity(answer: Quantity, truth: Quantity) -> bool:
 def _same_value(answer: Quantity, truth: Quantity) -> bool:
     if answer.value == truth.value:
         return True
-    if truth.value.denominator == 1 or answer.decimals is None or answer.value.denominator == 1:
+    if truth.value.denominator == 1 or answer.value.denominator == 1:
         return False
+    if answer.decimals is None:  # an exact answer to a decimal truth (22/7 for 3.142857)
+        return is_rounded(truth, answer.value)
     if truth.decimals is None:
         return not _terminates(truth.value) and answer.significant >= 4 and _is_rounding(answer, truth.value)
     short, long = sorted((answer, truth), key=lambda q: q.significant)
@@ -116,6 +122,15 @@ def is_decimal_of(quantity: Quantity, value: Fraction) -> bool:
     return _is_rounding(quantity, value)
 
 
+def is_rounded(truth: Quantity, value: Fraction) -> bool:
+    """Whether a decimal truth of 5 significant digits and 4 decimals is the exact `value`, rounded; or a double of it."""
+    if truth.decimals is None or truth.decimals < 4 or truth.significant < 5 or truth.value.denominator == 1:
+        return False
+    if truth.significant >= 15:
+        return abs(truth.value - value) <= abs(value) * Fraction(1, 10**14)
+    return _is_rounding(truth, value, cut=False)
+
+
 def _with_unit(quantity: Quantity, sign: int, currency: str, rest: str) -> Quantity | None:
     attached, rest = rest[:1], rest.strip()
     if attached.isalpha() and len(rest) == 1:
@@ -128,7 +143,7 @@ def _with_unit(quantity: Quantity, sign: int, currency: str, rest: str) -> Quant
             return None
         unit, scale, percent = found
     if currency:
-        unit = unit or ("dollar" if currency.endswith("$") or "USD" in currency else currency)
+        unit = unit or currency_unit(currency)
     decimals = quantity.decimals if scale == 1 else None
     return Quantity(sign * scale * quantity.value, decimals, quantity.significant, percent, unit)
 
@@ -174,6 +189,19 @@ def _read_scientific(text: str, start: int) -> tuple[Quantity, int] | None:
         return None
     value = mantissa.value * Fraction(10) ** exponent
     return Quantity(value, max((mantissa.decimals or 0) - exponent, 0), mantissa.significant), match.end()
+
+
+def _read_repeating(text: str, start: int) -> tuple[Quantity, int] | None:
+    """`0.1\\overline{6}` and `0.333...`, exactly."""
+    match = _REPEATING.match(text, start)
+    if match is None or len(match.group()) > MAX_DIGITS:
+        return None
+    whole, before, block = match[1] or "0", match[2] or "", match[3]
+    if block is None:  # dots: the last digit, or pair of digits, has been written three times
+        before, block = _DOTTED.fullmatch(match[4]).groups()  # type: ignore[union-attr]
+    scale = 10 ** len(before)
+    value = Fraction(int(whole + before), scale) + Fraction(int(block), scale * (10 ** len(block) - 1))
+    return Quantity(value), match.end()
 
 
 def _read_number(text: str, start: int) -> tuple[Quantity, int] | None:

@@ -9,18 +9,21 @@ import re
 
 # Units with their other spellings; two different ones never agree (5 cm is not 5 m).
 _SPELLINGS = {
-    "dollar": "usd bucks buck", "cent": "", "euro": "eur", "pound": "lb lbs gbp", "rupee": "rs inr", "yen": "", "yuan": "",
+    "dollar": "usd us$ $ bucks buck", "cent": "¢", "euro": "eur €", "pound": "lb lbs gbp £",
+    "rupee": "rs rs. inr ₹", "yen": "¥",
+    "yuan": "",
     "metre": "m meter", "centimetre": "cm centimeter", "millimetre": "mm millimeter", "kilometre": "km kilometer kms",
     "inch": "in inches", "foot": "ft feet", "yard": "yd yds", "mile": "mi",
     "gram": "g gm gms grammes gramme", "kilogram": "kg kgs kilo", "milligram": "mg", "ounce": "oz", "ton": "tonne",
     "litre": "l liter", "millilitre": "ml milliliter", "gallon": "gal", "quart": "qt", "pint": "pt", "cup": "",
     "second": "s sec secs", "minute": "min mins", "hour": "h hr hrs", "day": "", "week": "wk",
     "month": "", "year": "yr yrs",
-    "mph": "", "kmh": "kph", "degree": "° deg", "radian": "rad",
+    "degree": "° deg", "radian": "rad", "celsius": "", "fahrenheit": "", "percent": "", "am": "", "pm": "",
     "joule": "", "newton": "", "watt": "", "kw": "", "hz": "",
 }  # fmt: skip
 _CANONICAL = {s: unit for unit, spellings in _SPELLINGS.items() for s in (unit, unit + "s", *spellings.split())}
 _CANONICAL |= {s + "s": unit for s, unit in _CANONICAL.items() if len(s) > 3 and not s.endswith("s")}
+_COMPOUNDS = {"mph": "mile/hour", "kmh": "kilometre/hour", "kph": "kilometre/hour", "kmph": "kilometre/hour"}
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SHORT = """men man egg eggs pie pies dog dogs cat cats cow cows car cars box bag bags pen pens toy toys ball pts sq cu way
 ways kid kids boy boys girl per the of in a an for each on at are"""
@@ -31,11 +34,16 @@ multiplied squared cubed half halves third thirds quarter quarters fourth fourth
 eighths tenth tenths hundredth hundredths sixth sixths root factorial mod modulo base wrong incorrect
 false instead maybe perhaps would could should never cannot can't don't unknown impossible error nope
 actually because since hence however rather through point squares sqrt sin cos tan log alpha beta gamma
+tens hundreds thousands millions billions dozens lakh lakhs crore crores quadrillion quintillion sextillion septillion mille
+myriad score gross googol below above under negative less more zero least most pairs actually wait correction unless until
 delta theta lambda sigma omega infinity pi i e x y z"""
 _REFUSED = frozenset(_OTHER.split())
 _PERCENT = re.compile(r"%|per ?cent(?:age)?\b|pct\b", re.IGNORECASE)
-_WORDS = re.compile(r"[A-Za-z'’°]+(?:\^[{(]?-?[123][)}]?)?")
+_WORDS = re.compile(r"[A-Za-z'’°€£¥₹¢]+(?:\^[{(]?-?[123][)}]?)?")
 _MAX_WORDS = 8
+# Behind an expression: blank, then plain words.
+_TRAILING_WORDS = re.compile(r"(?:(?<=[^A-Za-z\\ ])|(?<=\\pi)) ((?:[A-Za-z.]+(?:\^[{(]?-?[123][)}]?)?(?: ?/ ?| |$))+)$")
+_NOT_TRAILING = frozenset(["union", "in", "if", "or", "and"])
 
 
 def read_unit(rest: str) -> tuple[str, int, bool] | None:
@@ -59,11 +67,26 @@ def read_unit(rest: str) -> tuple[str, int, bool] | None:
     return _known(words, rest), 1, False
 
 
-def strip_unit(text: str) -> str:
-    """`text` without the known unit at its end (`\\frac{\\pi}{4} radians`); a lone letter may be a variable and stays."""
-    head, _, last = text.rpartition(" ")
-    name = last.partition("^")[0].lower()
-    return head.rstrip() if head and len(name) > 1 and (name in _CANONICAL or name in ("unit", "units")) else text
+def split_unit(text: str) -> tuple[str, str]:
+    """An expression and the unit or counted thing behind it (`\\frac{\\pi}{4} radians`); lone letters may be variables."""
+    match = _TRAILING_WORDS.search(text)
+    if match is None or not match.start() or any(word.lower() in _NOT_TRAILING for word in match[1].split()):
+        return text, ""
+    words = re.split(r"[\s/]+", match[1])
+    long_enough = all(len(w.partition("^")[0]) > 1 and (len(w) > 2 or w.lower() in _CANONICAL) for w in words)
+    if not long_enough or not _is_noun_phrase(words):
+        return text, ""
+    return text[: match.start()].rstrip(), _known(words, match[1])
+
+
+def currency_unit(mark: str) -> str:
+    """The unit that `$`, `US$`, `€` or `Rs.` in front of a number names."""
+    return _CANONICAL.get(mark.strip().lower().replace(" ", ""), mark)
+
+
+def agree(ours: str, theirs: str) -> bool:
+    """Whether two units may be one: equal, or not named on one side."""
+    return not ours or not theirs or ours == theirs
 
 
 def _is_noun_phrase(words: list[str]) -> bool:
@@ -81,14 +104,22 @@ def _is_noun(word: str) -> bool:
     bare = match.group().split("^")[0].lower()
     if bare in _REFUSED:
         return False
-    return len(bare) >= 4 or bare in _CANONICAL or bare in _SHORT_NOUNS
+    return len(bare) >= 4 or bare in _CANONICAL or bare in _COMPOUNDS or bare in _SHORT_NOUNS
 
 
 def _known(words: list[str], rest: str) -> str:
-    """Canonical spelling of a measure such as `km/h` or `cm^2`; empty unless every word of it is known."""
+    """Canonical spelling of a measure (`kilometre/hour`, `centimetre^2`); empty for counted things."""
     if "/" in rest or "per" in words:
+        return "/".join(_measure(part.split()) or part.strip().lower() for part in re.split(r"/|\bper\b", rest))
+    return (
+        _COMPOUNDS.get(words[0].lower(), "") if len(words) == 1 and words[0].lower() in _COMPOUNDS else _measure(words)
+    )
+
+
+def _measure(words: list[str]) -> str:
+    if not words:
         return ""
     name, _, power = words[-1].strip(".,()").partition("^")
     unit = _CANONICAL.get(name.lower(), "")
-    square = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}.get(words[0].lower(), power.strip("{}()"))
+    square = {"square": "2", "sq": "2", "sq.": "2", "cubic": "3", "cu": "3"}.get(words[0].lower(), power.strip("{}()"))
     return unit + (f"^{square}" if square else "") if unit and len(words) <= 2 else ""
