@@ -1,6 +1,5 @@
 """Where the permissive verifier finds an answer, and what it does not take for one."""
 
-
 from __future__ import annotations
 
 import pytest
