@@ -446,7 +446,8 @@ def refused(bench: Path) -> Refused:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        commands = (own_data(bench, answer="anwser"), [*own_data(bench), f"rollout.port={port}"])
+        elsewhere = [f"rollout.port={port}", f"output_dir={bench / 'port'}"]  # a folder is one run's
+        commands = (own_data(bench, answer="anwser"), [*own_data(bench), *elsewhere])
         runs = [threads.submit(run, bench, [*options(bench), *arguments], 0) for arguments in commands]
         return Refused(*(each.result() for each in runs), port)
 
