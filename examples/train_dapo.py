@@ -76,6 +76,7 @@ def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack) -> Futu
     from nemo_dapo.data.loader import PromptLoader
     from nemo_dapo.rewards.pool import RewardPool
     from nemo_dapo.rollout.engine import VLLMEngine
+    from nemo_dapo.rollout.replay import ReplayEngine
     from nemo_dapo.telemetry.manifest import write_manifest
     from nemo_dapo.telemetry.sinks import start_anew
 
@@ -100,10 +101,14 @@ def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack) -> Futu
     eval_sets = {one.name: one.prompts for one in data.eval}
     # Another seed after a resume: the servers must not draw the samples of the first steps again.
     seed = config.seed + (resumed or 0)
-    print(f"starting {config.rollout.num_servers} vLLM server(s), logs in {run_dir / 'servers'}", flush=True)
 
     def start() -> Controller:
-        engine = VLLMEngine.start(config.rollout, model_path, config.model.precision, run_dir, tokenizer, seed)
+        if config.rollout.replay:
+            print(f"no vLLM server: the rollouts of {config.rollout.replay} are played back", flush=True)
+            engine: VLLMEngine | ReplayEngine = ReplayEngine(Path(config.rollout.replay))
+        else:
+            print(f"starting {config.rollout.num_servers} vLLM server(s), logs in {run_dir / 'servers'}", flush=True)
+            engine = VLLMEngine.start(config.rollout, model_path, config.model.precision, run_dir, tokenizer, seed)
         stack.callback(engine.close)
         return Controller(config, run_dir, engine, rewarder, loader, eval_sets, sinks)
 

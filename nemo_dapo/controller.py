@@ -19,7 +19,7 @@ from nemo_dapo.evaluation import EvaluationResult, evaluate
 from nemo_dapo.interfaces import Rewarder, RolloutEngine
 from nemo_dapo.rewards.shaping import score_of
 from nemo_dapo.sampling import Collected, GroupSampler
-from nemo_dapo.telemetry.rollouts import write_rollouts
+from nemo_dapo.telemetry.rollouts import rollouts_path, write_rollouts
 from nemo_dapo.telemetry.sinks import Console, Sink
 from nemo_dapo.types import Group, Prompt, SamplingParams, TrainBatch
 
@@ -106,16 +106,16 @@ class Controller:
         return group_advantages(rewards, normalize_std=self.config.algorithm.normalize_std)
 
     def _dump(self, step: int, collected: Collected) -> None:
-        """Every judged group, kept or not; one with a verifier error has no rewards."""
+        """Every group that decided the step, kept or not; one with a verifier error, or aborted, has no rewards."""
         every = self.config.logger.rollout_every
         if not every or step % every:
             return
-        groups = sorted(collected.judged, key=lambda group: group.index)
+        groups = collected.decisive
         rewards = torch.full((len(groups), self.config.algorithm.group_size), torch.nan)
         for row, group in zip(rewards, groups, strict=True):
-            if not group.num_errors:
+            if group.verdicts and not group.num_errors:
                 row[:] = self._rewards([group])[0]
-        path = self.run_dir / "rollouts" / f"step_{step:06d}.parquet"
+        path = rollouts_path(self.run_dir / "rollouts", step)
         dump = write_rollouts(
             path,
             groups,
@@ -123,6 +123,7 @@ class Controller:
             self._advantages(rewards).tolist(),
             step=step,
             max_mb=self.config.logger.rollout_max_mb,
+            tokens=self.config.logger.rollout_tokens,
         )
         if dump.groups_left_out:
             log.warning("%s: %d groups did not fit logger.rollout_max_mb", path, dump.groups_left_out)

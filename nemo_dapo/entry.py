@@ -144,9 +144,9 @@ def require(*modules: str) -> None:
 
 
 def require_vllm(config: RunConfig) -> None:
-    """Rank 0 starts the servers: with `rollout.python`, or with this interpreter, which then must have vLLM."""
+    """Rank 0 starts the servers, in a replay none, with `rollout.python` or this interpreter, which then must have vLLM."""
     python = config.rollout.python
-    if not is_rank_zero():
+    if not is_rank_zero() or config.rollout.replay:
         return
     if not python:
         require("vllm")

@@ -99,6 +99,12 @@ class Collected:
         return [*self.groups, *dropped]
 
     @property
+    def decisive(self) -> list[Group]:
+        """In submission order, every group up to the last accepted one, aborted ones too: what the step came to be from."""
+        dropped = [d.group for d in self.dropped if d.group is not None and d.reason is not DropReason.surplus]
+        return sorted([*self.groups, *dropped], key=lambda group: group.index)
+
+    @property
     def kept_tokens(self) -> int:
         return _tokens(self.groups)
 

@@ -234,6 +234,13 @@ CONTRADICTIONS = {
         ["model.path='runs/x/trained'", "writes its trained model", "checkpoint.export=false"],
     ),
     "key file": (["rollout.api_key_file=/nowhere"], ["rollout.api_key_file='/nowhere'", "is no file"]),
+    "tokens of no dump": (["logger.rollout_tokens=true"], ["logger.rollout_every=0", "set rollout_every=1"]),
+    "replay of nothing": (
+        ["rollout.replay=nowhere", "evaluation.every=0", "evaluation.at_start=false"],
+        ["rollout.replay='nowhere'", "holds no step_*.parquet"],
+    ),
+    "replay of itself": (["output_dir=runs/x", "rollout.replay=runs/x/rollouts"], ["own folder", "another output_dir"]),
+    "replay of an evaluation": (["rollout.replay=nowhere"], ["no answers to evaluation", "set evaluation.every=0"]),
     "no model": (["model.path=nowhere"], ["model.path='nowhere'", "no config.json", "prepare.py"]),
 }
 

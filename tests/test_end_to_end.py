@@ -77,6 +77,7 @@ def options(folder: Path) -> list[str]:
         "checkpoint.keep=9",
         "logger.tensorboard=false",
         "logger.rollout_every=1",
+        "logger.rollout_tokens=true",
     ]
 
 
@@ -294,14 +295,19 @@ def test_the_data_continue_at_the_very_problem(story: Story) -> None:
     ]
 
 
+def tensors(run_dir: Path, step: int, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint whose name starts so: weights, fp32 copies, Adam's moments."""
+    reader = dcp.FileSystemReader(run_dir / "checkpoints" / f"step_{step:06d}" / "policy")
+    found = reader.read_metadata().state_dict_metadata
+    names = [name for name, kind in found.items() if name.startswith(prefix) and hasattr(kind, "size")]
+    loaded = {name: torch.empty(found[name].size, dtype=found[name].properties.dtype) for name in names}
+    dcp.load(loaded, storage_reader=reader, no_dist=True)
+    return loaded
+
+
 def second_moments(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """Adam's exp_avg_sq of every parameter in a checkpoint."""
-    reader = dcp.FileSystemReader(folder / "run" / "checkpoints" / f"step_{step:06d}" / "policy")
-    found = reader.read_metadata().state_dict_metadata
-    names = [name for name in found if name.startswith("optimizer.state.exp_avg_sq.")]
-    moments = {name: torch.empty(found[name].size) for name in names}
-    dcp.load(moments, storage_reader=reader, no_dist=True)
-    return moments
+    return tensors(folder / "run", step, "optimizer.state.exp_avg_sq.")
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (5, 6)])
@@ -329,6 +335,45 @@ def test_the_trained_model_loads_in_transformers(story: Story) -> None:
     assert len(changed) == len(first)
     tokenizer = AutoTokenizer.from_pretrained(story.folder / "run" / "trained")
     assert trained(torch.tensor([tokenizer.encode("1+1")])).logits.isfinite().all()
+
+
+# ---------------------------------------------------------------- rollout.replay
+
+
+@pytest.fixture(scope="module")
+def replays(story: Story) -> dict[int, tuple[int, Job, Path]]:
+    """The recorded rollouts played back with two ranks: from the start, and from a copy of the checkpoint of step 2."""
+    outputs = {0: story.folder / "replay", 2: story.folder / "replay_from_2"}
+    name = Path("checkpoints") / "step_000002"
+    shutil.copytree(story.folder / "run" / name, outputs[2] / name)
+    recorded = f"rollout.replay={story.folder / 'run' / 'rollouts'}"
+    with ThreadPoolExecutor(2) as threads:
+        runs = {
+            first: threads.submit(run, story.folder, [*options(story.folder), recorded, f"output_dir={output}"], 2)
+            for first, output in outputs.items()
+        }
+        return {first: (*runs[first].result(), output) for first, output in outputs.items()}
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_the_same_rollouts_give_the_same_weights_bit_for_bit(
+    first: int, story: Story, replays: dict[int, tuple[int, Job, Path]]
+) -> None:
+    """Weights and moments of every later checkpoint. The recorded run itself was killed in step 4 and went on from 2."""
+    code, job, output = replays[first]
+    assert code == 0, job.tail()
+    assert "no vLLM server" in job.stdout
+    assert not (output / "servers").exists()
+    for step in (2, 4, 5):
+        recorded, replayed = tensors(story.folder / "run", step), tensors(output, step)
+        assert recorded.keys() == replayed.keys()
+        assert len(recorded) > 20, "weights, their copies and two moments of each"
+        for name, value in recorded.items():
+            assert torch.equal(value, replayed[name]), f"step {step}: {name}"
+    compared = ("rollout/accuracy", "rollout/reward", "train/grad_norm", "train/lr", "rollout/logprob_gap")
+    before = {line["step"]: line for line in lines(story.folder)}
+    for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()):
+        assert {key: line[key] for key in compared} == {key: before[line["step"]][key] for key in compared}
 
 
 # ---------------------------------------------------------------- examples/evaluate.py

@@ -36,6 +36,7 @@ def validate(config: RunConfig, world_size: int) -> None:
             *_check_lengths(config, model),
             *_check_optimizer(config.optimizer),
             *_check_rollout(config),
+            *_check_record(config),
             *_check_reward(config.reward),
             *_check_data(config),
             *check_prompts(config.data, config.reward),
@@ -175,6 +176,21 @@ def _check_rollout(config: RunConfig) -> Iterator[str]:
             f"rollout.port={r.port} leaves no ports for num_servers={r.num_servers}, which count up to {LAST_PORT}; lower "
             "it, or set it to 0 for free ones"
         )
+
+
+def _check_record(config: RunConfig) -> Iterator[str]:
+    """Options of recording and replaying rollouts."""
+    if config.logger.rollout_tokens and not config.logger.rollout_every:
+        yield "logger.rollout_tokens=true with logger.rollout_every=0 records nothing; set rollout_every=1 for every step"
+    if not config.rollout.replay:
+        return
+    replay, run_dir = Path(config.rollout.replay).resolve(), Path(config.output_dir).resolve()
+    if not any(replay.glob("step_*.parquet")):
+        yield f"rollout.replay={config.rollout.replay!r} holds no step_*.parquet; name the rollouts/ folder of a run"
+    if replay.is_relative_to(run_dir):
+        yield f"rollout.replay={config.rollout.replay!r} lies in this run's own folder; set another output_dir"
+    if config.evaluation.every or config.evaluation.at_start:
+        yield "rollout.replay has no answers to evaluation problems; set evaluation.every=0 evaluation.at_start=false"
 
 
 def _check_reward(r: RewardConfig) -> Iterator[str]:

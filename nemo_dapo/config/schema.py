@@ -99,6 +99,9 @@ class RolloutConfig:
     request_timeout: float = number(3600.0, above=0, at_most=A_YEAR)  # seconds for one group of samples
     sync_timeout: float = number(600.0, above=0, at_most=A_YEAR)  # seconds for one weight update
     max_logprob_gap: float = number(0.05, above=0)  # mean |trainer - vLLM|; a larger one at step 0 refuses to train
+    replay: str = (
+        ""  # rollouts/ folder of a run recorded with logger.rollout_tokens, played back in place of any server
+    )
     vllm: dict[str, Any] = field(default_factory=dict)  # engine arguments of `vllm serve`, by their long names
 
 
@@ -233,6 +236,9 @@ class LoggerConfig:
     progress: bool = True  # bars on the console
     rollout_every: int = number(0, at_least=0)  # rollout steps between Parquet dumps of all samples; 0 = none
     rollout_max_mb: int = number(256, at_least=1)  # bound on one dump
+    rollout_tokens: bool = (
+        False  # token ids and log-probabilities in the dumps too: with every step, they can be replayed
+    )
 
 
 @dataclass

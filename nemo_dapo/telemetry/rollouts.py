@@ -1,10 +1,12 @@
 """Every rollout of a step as a Parquet file: prompts, responses, verdicts, rewards, advantages, versions, to be browsed.
 
-One row a sample, in submission order; N groups of G samples, advantages and rewards [N, G].
+One row a sample, in submission order; N groups of G samples, advantages and rewards [N, G]. With token ids and
+log-probabilities the record is complete: `rollout/replay.py` plays it back.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nemo_dapo.files import replacing
-from nemo_dapo.types import Group, Sample
+from nemo_dapo.types import Group, Sample, Verdict, VersionSpan
 
 SCHEMA = pa.schema(
     [
@@ -39,7 +41,19 @@ SCHEMA = pa.schema(
         ("versions", pa.list_(pa.struct([("version", pa.int64()), ("start", pa.int32()), ("end", pa.int32())]))),
     ]
 )
+# On request: what the trainer computes with. Four bytes each, as the batch has them.
+TOKEN_SCHEMA = pa.schema(
+    [
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("token_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+    ]
+)
+NUM_GROUPS = b"groups"  # in the file's metadata: how many were to be written
 CHUNK_BYTES = 4 << 20  # of uncompressed rows in one row group
+
+
+NOT_JUDGED = Verdict(correct=False, error="not judged: the engine aborted the group")
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,20 @@ class RolloutDump:
     groups_left_out: int
 
 
+@dataclass(frozen=True)
+class RecordedGroup:
+    """G samples as they were recorded, by the prompt's `uid` and token ids; `index` is the submission order."""
+
+    index: int
+    uid: str
+    prompt_token_ids: tuple[int, ...]
+    samples: tuple[Sample, ...]
+
+
+def rollouts_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}.parquet"
+
+
 def write_rollouts(
     path: Path,
     groups: Sequence[Group],
@@ -59,24 +87,28 @@ def write_rollouts(
     *,
     step: int,
     max_mb: int,
+    tokens: bool = False,
 ) -> RolloutDump:
     """Writes the samples of `groups` to `path`, whole or not at all, in at most `max_mb` MiB.
 
     Groups are written whole and in order; those that would pass the bound are left out. Tensors serve as rewards and
-    advantages after `.tolist()`.
+    advantages after `.tolist()`. `tokens` adds token ids and log-probabilities.
     """
     if not len(groups) == len(rewards) == len(advantages):
         raise ValueError(
             f"{len(groups)} groups need as many rows of rewards and advantages, got {len(rewards)} and {len(advantages)}"
         )
-    tables = (_table(step, *row) for row in zip(groups, rewards, advantages, strict=True))
+    schema = (pa.unify_schemas([SCHEMA, TOKEN_SCHEMA]) if tokens else SCHEMA).with_metadata(
+        {NUM_GROUPS: str(len(groups))}
+    )
+    tables = (_table(schema, step, *row) for row in zip(groups, rewards, advantages, strict=True))
     # Parquet's footer grows by some kB a row group: a 32nd of the bound, and 64 kB, are kept for it.
     budget = max_mb * 2**20 * 31 // 32 - 2**16
     written = 0
     with (
         replacing(path) as temporary,
         temporary.open("wb") as file,
-        pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer,
+        pq.ParquetWriter(file, schema, compression="zstd") as writer,
     ):
         for chunk in _chunks(tables):
             # Compression never makes a chunk larger than it is in memory, so this cannot overshoot.
@@ -87,6 +119,39 @@ def write_rollouts(
             if len(fitting) < len(chunk):
                 break
     return RolloutDump(path, written, len(groups) - written)
+
+
+def read_rollouts(path: Path) -> list[RecordedGroup]:
+    """The groups of a step in submission order, from a file written with `tokens`.
+
+    Raises ValueError for one without, or one whose bound left groups out.
+    """
+    file = pq.ParquetFile(path)
+    if missing := set(TOKEN_SCHEMA.names) - set(file.schema_arrow.names):
+        raise ValueError(f"{path} lacks {sorted(missing)}: record with logger.rollout_tokens=true")
+    names = ["group", "uid", "response", "finish_reason", "versions", *TOKEN_SCHEMA.names]
+    rows = file.read(columns=names).to_pylist()
+    groups = [_recorded(list(same)) for _, same in itertools.groupby(rows, key=lambda row: row["group"])]
+    expected = int((file.schema_arrow.metadata or {})[NUM_GROUPS])
+    if len(groups) != expected:
+        raise ValueError(
+            f"{path} holds {len(groups)} of the step's {expected} groups: record with logger.rollout_max_mb raised"
+        )
+    return groups
+
+
+def _recorded(rows: list[dict[str, Any]]) -> RecordedGroup:
+    samples = tuple(
+        Sample(
+            token_ids=tuple(row["token_ids"]),
+            logprobs=tuple(row["logprobs"]),
+            text=row["response"],
+            finish_reason=row["finish_reason"],
+            versions=tuple(VersionSpan(**span) for span in row["versions"]),
+        )
+        for row in rows
+    )
+    return RecordedGroup(rows[0]["group"], rows[0]["uid"], tuple(rows[0]["prompt_token_ids"]), samples)
 
 
 def _chunks(tables: Iterator[pa.Table]) -> Iterator[list[pa.Table]]:
@@ -111,7 +176,9 @@ def _fitting(tables: list[pa.Table], room: int) -> list[pa.Table]:
     return kept
 
 
-def _table(step: int, group: Group, rewards: Sequence[float], advantages: Sequence[float]) -> pa.Table:
+def _table(
+    schema: pa.Schema, step: int, group: Group, rewards: Sequence[float], advantages: Sequence[float]
+) -> pa.Table:
     shared = {
         "step": step,
         "group": group.index,
@@ -120,8 +187,10 @@ def _table(step: int, group: Group, rewards: Sequence[float], advantages: Sequen
         "problem": _clean(group.prompt.problem),
         "ground_truth": _clean(group.prompt.ground_truth),
         "prompt_tokens": len(group.prompt.token_ids),
+        "prompt_token_ids": group.prompt.token_ids,
     }
-    judged = zip(group.samples, group.verdicts, rewards, advantages, strict=True)
+    verdicts = group.verdicts or [NOT_JUDGED] * len(group.samples)  # of an aborted group there are none
+    judged = zip(group.samples, verdicts, rewards, advantages, strict=True)
     rows = [
         shared
         | _sample(sample)
@@ -136,7 +205,7 @@ def _table(step: int, group: Group, rewards: Sequence[float], advantages: Sequen
         }
         for number, (sample, verdict, reward, advantage) in enumerate(judged)
     ]
-    return pa.Table.from_pylist(rows, SCHEMA)
+    return pa.Table.from_pylist(rows, schema)
 
 
 def _sample(sample: Sample) -> dict[str, Any]:
@@ -144,6 +213,8 @@ def _sample(sample: Sample) -> dict[str, Any]:
         "response": _clean(sample.text),
         "response_tokens": len(sample.token_ids),
         "finish_reason": sample.finish_reason,
+        "token_ids": sample.token_ids,
+        "logprobs": sample.logprobs,
         "mean_logprob": sum(sample.logprobs) / len(sample.logprobs) if sample.logprobs else None,
         "versions": [{"version": v.version, "start": v.start, "end": v.end} for v in sample.versions],
     }

@@ -1,0 +1,182 @@
+"""A recorded run played back through the real sampler: the same groups, in the same order, or a word on what differs."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_dapo.batching import make_batch
+from nemo_dapo.rollout import replay
+from nemo_dapo.rollout.replay import ReplayEngine
+from nemo_dapo.sampling import Collected, DropReason, GroupSampler
+from nemo_dapo.telemetry.rollouts import read_rollouts, rollouts_path, write_rollouts
+from nemo_dapo.types import Group, Prompt, Sample, SamplingParams, Verdict, VersionSpan
+
+N, G = 3, 4
+
+
+class Loader:
+    """Seven problems over and over: a step asks for the same one several times."""
+
+    def __init__(self, position: int = 0) -> None:
+        self.position = position
+
+    def next(self) -> Prompt:
+        i = self.position % 7
+        self.position += 1
+        return Prompt(f"p{i}", (i, i + 1), f"problem {i}", str(i % 3))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+class Engine:
+    """Random tokens, lengths, times and aborts: another course each time it is asked."""
+
+    def __init__(self, seed: int) -> None:
+        self.random, self.version = random.Random(seed), 0
+
+    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+        await asyncio.sleep(self.random.random() / 500)
+        aborted = self.random.random() < 0.1
+        return [self._sample("abort" if aborted else "stop") for _ in range(n)]
+
+    def _sample(self, reason: str) -> Sample:
+        length = self.random.randrange(1, 9)
+        tokens = tuple(self.random.randrange(1000) for _ in range(length))
+        logprobs = tuple(-self.random.random() * 3 for _ in range(length))
+        spans = (VersionSpan(self.version, 0, length),)
+        return Sample(tokens, logprobs, str(tokens[0] % 3), reason, spans)
+
+
+class Judge:
+    """The truth is a digit in 0 … 2; a fixed text is beyond it, so that errors are replayed too."""
+
+    def __init__(self, shift: int = 0) -> None:
+        self.shift = shift
+
+    async def score(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
+        broken = [len(s.token_ids) == 8 and s.token_ids[0] % 5 == 0 for s in samples]
+        right = [int(s.text) == (int(prompt.ground_truth) + self.shift) % 3 for s in samples]
+        return [
+            Verdict(False, error="out of range") if bad else Verdict(good)
+            for bad, good in zip(broken, right, strict=True)
+        ]
+
+
+def make(engine: Any, judge: Judge | None = None) -> GroupSampler:
+    return GroupSampler(engine, judge or Judge(), Loader(), group_size=G, params=SamplingParams())
+
+
+def record(folder: Path, seed: int, steps: int = 5) -> tuple[list[Collected], list[dict[str, Any]]]:
+    """What each step collected, and the states of sampler and loader before it."""
+    engine = Engine(seed)
+    sampler, found, states = make(engine), [], []
+    for step in range(1, steps + 1):
+        engine.version = step - 1
+        states.append({"sampler": sampler.state_dict(), "loader": sampler.loader.state_dict()})
+        found.append(asyncio.run(sampler.collect(N)))
+        write(folder, step, found[-1].decisive)
+    return found, states
+
+
+def write(folder: Path, step: int, groups: list[Group], **options: Any) -> None:
+    numbers = [[0.0] * G] * len(groups)
+    options = {"tokens": True, "max_mb": 1} | options
+    write_rollouts(rollouts_path(folder, step), groups, numbers, numbers, step=step, **options)
+
+
+def essence(collected: Collected) -> tuple[Any, ...]:
+    """All that a step is: what is trained on, bit for bit, and why the other groups were not."""
+    batch = make_batch(collected.groups, torch.zeros(len(collected.groups), G))
+    within = [(d.index, d.prompt.uid, d.reason) for d in collected.dropped if d.reason is not DropReason.surplus]
+    verdicts = [g.verdicts for g in collected.groups]
+    spans = [s.versions for g in collected.groups for s in g.samples]
+    return within, verdicts, spans, batch.tokens.tolist(), batch.rollout_logprobs.tolist(), batch.lengths.tolist()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_replay_takes_the_recorded_course_from_the_start_and_from_the_middle(
+    start: int, seed: int, tmp_path: Path
+) -> None:
+    recorded, states = record(tmp_path, seed)
+    engine = ReplayEngine(tmp_path)
+    sampler = make(engine)
+    sampler.load_state_dict(states[start]["sampler"])
+    sampler.loader.load_state_dict(states[start]["loader"])
+    for step in range(start, 5):
+        engine.update_weights([], step)
+        assert essence(asyncio.run(sampler.collect(N))) == essence(recorded[step])
+    engine.update_weights([], 5)  # as the trainer does after its last step; nothing is recorded of a sixth
+
+
+def test_what_is_recorded_covers_every_reason_that_a_group_may_be_dropped_for(tmp_path: Path) -> None:
+    reasons = {d.reason for seed in range(6) for c in record(tmp_path, seed)[0] for d in c.dropped}
+    assert reasons == set(DropReason), "the courses above leave a case out"
+
+
+def course(engine: ReplayEngine, judge: Judge | None = None, steps: int = 5) -> None:
+    sampler = make(engine, judge)
+    for step in range(steps):
+        engine.update_weights([], step)
+        asyncio.run(sampler.collect(N))
+    engine.update_weights([], steps)
+
+
+def test_another_reward_is_noticed_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "SURPLUS_SECONDS", 0.2)
+    record(tmp_path, seed=0)
+    with pytest.raises(RuntimeError, match=r"the verdicts are not those of the recorded run|was of prompt"):
+        course(ReplayEngine(tmp_path), Judge(shift=1))
+
+
+def test_other_data_or_group_sizes_are_noticed_at_once(tmp_path: Path) -> None:
+    record(tmp_path, seed=0)
+    engine = ReplayEngine(tmp_path)
+    sampler = make(engine)
+    sampler.loader.next()  # one further than the recorded run began
+    with pytest.raises(
+        RuntimeError, match="step 1, group 0 was of prompt p0, the run asks for p1; replay with the options"
+    ):
+        asyncio.run(sampler.collect(N))
+    sampler = make(ReplayEngine(tmp_path))
+    sampler.group_size = G + 1
+    with pytest.raises(RuntimeError, match=f"has {G} samples, the run asks for {G + 1}"):
+        asyncio.run(sampler.collect(N))
+
+
+def test_a_step_that_is_missing_or_not_whole_is_said(tmp_path: Path) -> None:
+    recorded, _ = record(tmp_path, seed=0, steps=2)
+    with pytest.raises(RuntimeError, match=r"step_000003\.parquet is missing: recorded are steps 1 to 2"):
+        course(ReplayEngine(tmp_path), steps=3)
+    groups = recorded[0].decisive
+    write(tmp_path, 1, groups, tokens=False)
+    with pytest.raises(RuntimeError, match=r"lacks .*record with logger.rollout_tokens=true"):
+        course(ReplayEngine(tmp_path))
+    long = tuple(random.Random(0).randrange(2**31) for _ in range(100_000))
+    big = [Group(g.prompt, (Sample(long, (0.0,), "", "stop"),) * G, (Verdict(True),) * G, g.index) for g in groups[:2]]
+    write(tmp_path, 1, big)
+    with pytest.raises(RuntimeError, match=r"holds 0 of the step's 2 groups: record with logger.rollout_max_mb raised"):
+        course(ReplayEngine(tmp_path))
+    with pytest.raises(ValueError, match=r"holds no step_\*\.parquet"):
+        ReplayEngine(tmp_path / "elsewhere")
+
+
+def test_log_probabilities_come_back_as_the_batch_has_them(tmp_path: Path) -> None:
+    values = (-0.1, -1e-8, -1 / 3, -123.456, 0.0)
+    samples = (Sample((1, 2, 3, 4, 2**31 - 1), values, "x", "length"),) * G
+    write(tmp_path, 1, [Group(Prompt("u", (7, 8), "p", "1"), samples, (Verdict(True),) * G, 5)])
+    (group,) = read_rollouts(rollouts_path(tmp_path, 1))
+    assert (group.index, group.uid, group.prompt_token_ids) == (5, "u", (7, 8))
+    assert group.samples[0].token_ids == samples[0].token_ids
+    assert torch.equal(torch.tensor(group.samples[0].logprobs), torch.tensor(values))  # both float32
