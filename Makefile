@@ -1,7 +1,7 @@
 # make demo   sets everything up, then a small model learns arithmetic by DAPO (6 to 9 minutes on two cores)
 # make test   sets everything up and runs all tests
 # make docs   builds the documentation into build/docs, warnings being errors
-# All can be run again at no cost. A Python 3.11 is looked for, or fetched; PYTHON=<path> names one (requirements/setup.sh).
+# The set-up and a finished demo are not done twice. A Python 3.11 is looked for, or fetched; PYTHON=<path> names one (requirements/setup.sh).
 PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
