@@ -1,4 +1,4 @@
-"""The reference of every option, written from schema.py: `python -m nemo_dapo.config.reference > configuration.md`.
+"""The reference of every option, written from schema.py: `python -m nemo_dapo.config.reference`, a page of docs/.
 
 The meaning of an option is the comment beside or right above it, so that the schema is read and documented in one place.
 """
@@ -22,7 +22,7 @@ from omegaconf import MISSING
 from nemo_dapo.config import schema
 from nemo_dapo.config.ranges import LARGEST_COUNT, RANGE
 
-INTRODUCTION = """# Configuration
+INTRODUCTION = """# All options
 
 Every option of a run, generated from `nemo_dapo/config/schema.py`. On a command line write `option=value` with the full
 name; in YAML, nest the names; `<name>` is a name of your choice. What is misspelt, of another type or out of its range is
