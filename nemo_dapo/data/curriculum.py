@@ -89,7 +89,7 @@ class Curriculum:
             if path.suffix == ".parquet":
                 _write_parquet(rows, temporary)
             else:
-                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                lines = (json.dumps(row) + "\n" for row in rows)
                 temporary.write_text("".join(lines), encoding="utf-8")
 
 
