@@ -22,6 +22,7 @@ from nemo_dapo import config as schema
 from nemo_dapo import entry
 from nemo_dapo.config import RunConfig
 from nemo_dapo.data.check import check_data
+from nemo_dapo.ending import Ending
 
 if TYPE_CHECKING:
     from nemo_dapo.evaluation import EvaluationResult
@@ -96,23 +97,21 @@ def unused(folder: Path) -> Path:
     return next(place for place in itertools.chain([folder], others) if not (place / "summary.json").exists())
 
 
-def main(cfg: DictConfig) -> None:
-    """Evaluate; on an error say it in one line and exit with 2 for a bad configuration, 1 for a failed run."""
+def main(cfg: DictConfig, ending: Ending) -> None:
+    """Evaluate; a bad configuration, an error or a signal ends it as `Ending` says."""
     entry.quiet_libraries()
-    output = None
-    try:
+    with ending.ends_the_process():
         config = schema.typed(cfg)
         check(config)
         output = unused(Path(config.output_dir))
         config.output_dir = str(output)
+        ending.output_dir = output
         result = run(config)
         result.write_jsonl(output / "problems.jsonl")
         result.write_summary(output / "summary.json")
         for one in result.sets.values():
             print(one, flush=True)
         print(f"written to {output}: summary.json, problems.jsonl", flush=True)
-    except Exception as error:
-        entry.fail(output, error)
 
 
 if __name__ == "__main__":

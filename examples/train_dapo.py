@@ -31,15 +31,17 @@ from nemo_dapo import config as schema
 from nemo_dapo import entry
 from nemo_dapo.config import RunConfig
 from nemo_dapo.data.check import check_data
+from nemo_dapo.ending import Ending
 from nemo_dapo.entry import is_rank_zero
 from nemo_dapo.redaction import redacted
 
 CONFIG = Path(__file__).resolve().parents[1] / "conf" / "config.yaml"
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, ending: Ending) -> None:
     """Build policy, engine, rewarder and data, hand them to the trainer and run it."""
     from nemo_dapo.coordination import lead, never
+    from nemo_dapo.heartbeat import Heartbeat
     from nemo_dapo.megatron import parallel
 
     parallel.initialize(config.parallel, config.seed)
@@ -48,7 +50,12 @@ def train(config: RunConfig) -> None:
 
     run_dir = Path(config.output_dir)
     group = parallel.control_group(config.parallel.timeout_minutes)
-    with ExitStack() as stack:
+    if entry.world_size() > 1 and config.parallel.heartbeat_timeout:
+        ending.heartbeat = Heartbeat(
+            ending.phase, config.parallel.heartbeat_timeout, run_dir / "errors", ending.end_job
+        )
+        ending.heartbeat.start(group)
+    with ExitStack() as stack, ending.says_at_once():
         pending = start_controller(config, run_dir, stack) if is_rank_zero() else None
         policy = MegatronPolicy(
             config.model,
@@ -59,9 +66,12 @@ def train(config: RunConfig) -> None:
             with_reference=config.algorithm.kl_coeff > 0,
         )
         controller = lead(lambda: asyncio.wrap_future(pending) if pending else never(), group)
-        DAPOTrainer(config, run_dir, policy, controller, group).fit()
+        DAPOTrainer(config, run_dir, policy, controller, group, phase=ending.phase).fit()
         if config.checkpoint.export:
-            policy.save_hf(run_dir / "trained")
+            with ending.phase.enter("export"):
+                policy.save_hf(run_dir / "trained")
+    if ending.heartbeat:
+        ending.heartbeat.stop()
     parallel.shut_down()
 
 
@@ -164,18 +174,16 @@ def finished(config: RunConfig) -> str | None:
     return f"nothing to do: {run_dir} is at step {step} of trainer.max_steps={steps}; raise it to go on from there"
 
 
-def main(cfg: DictConfig) -> None:
-    """Train; on an error say it in one line and exit with 2 for a bad configuration, 1 for a failed run."""
+def main(cfg: DictConfig, ending: Ending) -> None:
+    """Train; a bad configuration, an error or a signal ends it as `Ending` says."""
     entry.quiet_libraries()
-    config = None
-    try:
+    with ending.ends_the_process():
         config = prepare(cfg)
+        ending.output_dir = Path(config.output_dir)
         if (line := finished(config)) is None:
-            train(config)
+            train(config, ending)
         elif is_rank_zero():
             print(line, flush=True)
-    except Exception as error:
-        entry.fail(None if config is None else Path(config.output_dir), error)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -22,8 +24,9 @@ from nemo_dapo.types import TrainBatch
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-AT_WORK, DONE, FAILED = 0, 1, 2
+AT_WORK, DONE, FAILED, STOPPED = 0, 1, 2, 3
 SECONDS_BETWEEN_WORDS = 15.0
+SECONDS_BETWEEN_LOOKS = 0.5  # of rank 0 at whether it is to stop
 LAST_WORD_SECONDS = 10.0  # for telling the others of a failure: some of them may be gone
 CANCEL_SECONDS = 60.0  # for work to end that is cancelled
 
@@ -31,23 +34,31 @@ CANCEL_SECONDS = 60.0  # for work to end that is cancelled
 class LeaderFailedError(RuntimeError):
     """Rank 0 failed at what the other ranks waited for; the cause is in its own error."""
 
-    is_consequence = True  # see entry.fail
+    is_consequence = True  # see ending.Ending.say
 
 
-def lead(work: Callable[[], Awaitable[T]], group: dist.ProcessGroup | None) -> T | None:
+class StoppedError(Exception):
+    """Rank 0 was asked to stop in the middle of its work, which was cancelled."""
+
+
+def lead(
+    work: Callable[[], Awaitable[T]], group: dist.ProcessGroup | None, stop: threading.Event | None = None
+) -> T | None:
     """Run `work()` on rank 0 in an event loop of its own and return its result there; other ranks wait and return None.
 
-    Raises what `work` raises on rank 0, and LeaderFailedError then on the others. A rank that is gone is a RuntimeError on
-    rank 0 at its next word; a rank 0 that is gone, or silent for longer than the timeout of `group`, is gloo's
-    RuntimeError on the others.
+    Raises what `work` raises on rank 0, and LeaderFailedError then on the others; StoppedError on every rank when rank 0's
+    `stop` is set before the work is done. A rank that is gone is a RuntimeError on rank 0 at its next word; a rank 0 that
+    is gone, or silent for longer than the timeout of `group`, is gloo's RuntimeError on the others.
     """
     if dist.get_rank() == 0:
-        return asyncio.run(_lead(work, group))
+        return asyncio.run(_lead(work, group, stop or threading.Event()))
     word = torch.tensor(AT_WORK)
     while word.item() == AT_WORK:
         dist.broadcast(word, src=0, group=group)
     if word.item() == FAILED:
         raise LeaderFailedError("rank 0 failed while this rank waited for it: its error names the cause")
+    if word.item() == STOPPED:
+        raise StoppedError
     return None
 
 
@@ -61,16 +72,19 @@ async def never() -> Any:
     raise AssertionError("only rank 0 leads")
 
 
-async def _lead(work: Callable[[], Awaitable[T]], group: dist.ProcessGroup | None) -> T:
+async def _lead(work: Callable[[], Awaitable[T]], group: dist.ProcessGroup | None, stop: threading.Event) -> T:
     task = asyncio.ensure_future(work())
     try:
-        await _say_at_work_until_done(task, group)
+        await _say_at_work_until_done(task, group, stop)
     except RuntimeError as problem:
-        task.cancel()
-        await asyncio.wait({task}, timeout=CANCEL_SECONDS)
+        await _cancel(task)
         raise RuntimeError(
             f"another rank is gone while rank 0 was at work; its error names the cause: {problem}"
         ) from problem
+    if not task.done():
+        await _cancel(task)
+        dist.broadcast(torch.tensor(STOPPED), src=0, group=group)
+        raise StoppedError
     if task.exception() is not None:
         _say_failed(group)
     else:
@@ -78,9 +92,22 @@ async def _lead(work: Callable[[], Awaitable[T]], group: dist.ProcessGroup | Non
     return task.result()
 
 
-async def _say_at_work_until_done(task: asyncio.Future[T], group: dist.ProcessGroup | None) -> None:
-    while not (await asyncio.wait({task}, timeout=SECONDS_BETWEEN_WORDS))[0]:
-        await asyncio.to_thread(dist.broadcast, torch.tensor(AT_WORK), 0, group)
+async def _cancel(task: asyncio.Future[T]) -> None:
+    task.cancel()
+    await asyncio.wait({task}, timeout=CANCEL_SECONDS)
+
+
+async def _say_at_work_until_done(
+    task: asyncio.Future[T], group: dist.ProcessGroup | None, stop: threading.Event
+) -> None:
+    """Returns when the task is done or `stop` is set."""
+    said = time.monotonic()
+    while not (await asyncio.wait({task}, timeout=min(SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_WORDS)))[0]:
+        if stop.is_set():
+            return
+        if time.monotonic() - said >= SECONDS_BETWEEN_WORDS:
+            await asyncio.to_thread(dist.broadcast, torch.tensor(AT_WORK), 0, group)
+            said = time.monotonic()
 
 
 def _say_failed(group: dist.ProcessGroup | None) -> None:

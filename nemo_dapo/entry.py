@@ -11,22 +11,19 @@ import logging
 import os
 import shutil
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from nemo_dapo import config as schema
 from nemo_dapo.config import RunConfig
+from nemo_dapo.ending import Ending
 from nemo_dapo.lock import RunLock
 from nemo_dapo.redaction import secrets_in
 
-CONSEQUENCE_SECONDS = 60.0  # twice what ending the servers may take
 ENVIRONMENT = "run `make setup` in the checkout and start with .venv/bin/python (see README.md)"
 CONTAINER = "in NVIDIA's NeMo container `pip install --no-deps -r requirements/ngc.txt`"
 INSTALL = {
@@ -43,36 +40,37 @@ INSTALL = {
 
 
 def start(
-    main: Callable[[DictConfig], None], config: Path, needs: tuple[str, ...], check: Callable[[RunConfig], None]
+    main: Callable[[DictConfig, Ending], None], config: Path, needs: tuple[str, ...], check: Callable[[RunConfig], None]
 ) -> None:
     """Run `main` on the options that the YAML file `config` and the command line compose to, through NeMo's hydra_runner.
 
-    Before that: `needs`, modules of this interpreter, must be there, and `check` must accept the options. Otherwise rank 0
-    says so in a line on standard error, and every rank exits with 2.
+    Before that: `needs`, modules of this interpreter, must be there, `check` must accept the options, and no other run may
+    be at work in the folder. Otherwise a line on standard error says so, and every rank exits with 2.
     """
+    ending = Ending()
     schema.register()
-    with ExitStack() as stack:
-        try:
-            if (text := schema.asked_to_print(config, sys.argv[1:])) is not None:
-                print(text if is_rank_zero() else "", end="", flush=True)
-                return
-            require(*needs)
-            run = composed(config, sys.argv[1:])
-            if run is not None:
-                refuse_secrets(sys.argv[1:])
-                check(run)
-                require_vllm(run)
-                for remark in schema.remarks(run) if is_rank_zero() else ():
+    with ExitStack() as stack, ending.ends_the_process():
+        if (text := schema.asked_to_print(config, sys.argv[1:])) is not None:
+            print(text if is_rank_zero() else "", end="", flush=True)
+            return
+        require(*needs)
+        run = composed(config, sys.argv[1:])
+        if run is not None:
+            refuse_secrets(sys.argv[1:])
+            check(run)
+            require_vllm(run)
+            if is_rank_zero():
+                stack.enter_context(RunLock(Path(run.output_dir)))
+                for remark in schema.remarks(run):
                     print(f"note: {remark}", file=sys.stderr, flush=True)
-                if is_rank_zero():
-                    stack.enter_context(RunLock(Path(run.output_dir)))
-        except ValueError as error:
-            if is_rank_zero():  # every rank found the same, or waits for this one
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+                print("importing NeMo and Megatron (about 20 s)", flush=True)
         from nemo.core.config import hydra_runner
 
-        hydra_runner(config_path=str(config.parent), config_name=config.stem)(main)()
+        @hydra_runner(config_path=str(config.parent), config_name=config.stem)
+        def run_main(cfg: DictConfig) -> None:
+            main(cfg, ending)
+
+        run_main()
 
 
 def refuse_secrets(arguments: list[str]) -> None:
@@ -88,29 +86,6 @@ def quiet_libraries() -> None:
     """Leave out hundreds of lines a rank that say nothing of the run; call it after NeMo has set logging up."""
     for name in ("megatron", "nv_one_logger", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def fail(output_dir: Path | None, error: Exception) -> NoReturn:
-    """End this rank with one clear line on standard error; where in the code it came from goes to `errors/` of the run.
-
-    Exit code 2 for a bad configuration, which has no `output_dir` yet and which every rank finds alike; 1 for a failed run.
-    A rank that fails because rank 0 did is silent, or a thousand ranks would bury the cause, and waits: the launcher ends
-    all ranks when the first one exits, and rank 0 has servers to end before it says what happened.
-    """
-    rank = os.environ.get("RANK", "0")
-    if getattr(error, "is_consequence", False):
-        time.sleep(CONSEQUENCE_SECONDS)
-    elif output_dir is not None:
-        log = output_dir / "errors" / f"rank_{rank}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as file:
-            file.write(f"{time.strftime('%F %T')} {''.join(traceback.format_exception(error))}\n")
-        print(f"error: rank {rank}: {type(error).__name__}: {error} (traceback in {log})", file=sys.stderr, flush=True)
-    elif is_rank_zero():
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    # Not sys.exit: other ranks may sit in a collective that this rank's orderly end would wait for.
-    os._exit(2 if output_dir is None else 1)
 
 
 def is_rank_zero() -> bool:

@@ -24,6 +24,7 @@ from nemo_dapo.controller import Controller, Rollout
 from nemo_dapo.coordination import found_alike, lead, never, share_batch, share_number
 from nemo_dapo.interfaces import NonFiniteGradientError, Policy
 from nemo_dapo.loss import load_loss_fn
+from nemo_dapo.phase import Phase
 from nemo_dapo.telemetry.memory import memory_record
 from nemo_dapo.telemetry.metrics import Last, Max, Mean, Metric, Sum, merge, merge_across_ranks, values
 from nemo_dapo.types import TrainBatch
@@ -45,8 +46,16 @@ class DAPOTrainer:
     """Trains `policy` on what `controller` samples. `controller` is None on every rank but 0; `group` is gloo over all."""
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, policy: Policy, controller: Controller | None, group: Any
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        policy: Policy,
+        controller: Controller | None,
+        group: Any,
+        *,
+        phase: Phase | None = None,
     ) -> None:
+        self.phase = phase or Phase()
         self.config, self.policy, self.controller, self.group = config, policy, controller, group
         self.checkpoints = run_dir / "checkpoints"
         self.loss_fn = load_loss_fn(config.algorithm)
@@ -62,6 +71,7 @@ class DAPOTrainer:
             self.evaluate()
             self.log()
         while self.progress.rollout_steps < self.config.trainer.max_steps:  # line 1
+            self.phase.step = self.progress.rollout_steps + 1
             with self.timed("step"):
                 batch, rollout = self.collect()  # lines 2 and 4 to 9
                 old_logprobs = self.old_logprobs(batch)  # line 3
@@ -83,11 +93,12 @@ class DAPOTrainer:
         """The same batch on every rank; the groups behind it on rank 0 only."""
         self.record = {}
         controller, step = self.controller, self.progress.rollout_steps + 1
-        rollout = lead(lambda: controller.collect(step) if controller else never(), self.group)
-        if rollout is not None and controller is not None:
-            controller.engine.sleep()
-            self.record |= {name: Last(value) for name, value in rollout.metrics.items()}
-        return share_batch(rollout.batch if rollout else None, self.group), rollout
+        with self.phase.enter("rollout"):
+            rollout = lead(lambda: controller.collect(step) if controller else never(), self.group)
+            if rollout is not None and controller is not None:
+                controller.engine.sleep()
+                self.record |= {name: Last(value) for name, value in rollout.metrics.items()}
+            return share_batch(rollout.batch if rollout else None, self.group), rollout
 
     def old_logprobs(self, batch: TrainBatch) -> tuple[Tensor | None, Tensor | None]:
         """[T] under theta_old, by the trainer, and under the reference model: each None where the loss needs none."""
@@ -208,7 +219,8 @@ class DAPOTrainer:
         step = share_number(-1 if found is None else found, self.group)  # one rank looks: file systems lag
         if step < 0:
             return
-        state = checkpoint.load(self.checkpoints, step, self.policy)
+        with self.phase.enter("load"):
+            state = checkpoint.load(self.checkpoints, step, self.policy)
         self.progress = Progress(**state["progress"])
         if self.controller is not None:
             self.controller.load_state_dict(state)
@@ -231,7 +243,8 @@ class DAPOTrainer:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Seconds inside are added to `time/<name>` of the step's record."""
+        """Seconds inside are added to `time/<name>` of the step's record; the name is this rank's phase meanwhile."""
         start = time.monotonic()
-        yield
+        with self.phase.enter(name):
+            yield
         self.add(f"time/{name}", Sum(time.monotonic() - start))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_dapo import config as schema
-from nemo_dapo import entry
+from nemo_dapo import ending, entry
 from nemo_dapo.config import OverlongConfig, RunConfig, validate, validate_evaluation
 from nemo_dapo.config import checks as checks_between_options
 
@@ -305,8 +305,10 @@ def test_a_request_for_anything_but_one_run_is_left_to_hydra() -> None:
 def refused(check: Callable[[RunConfig], None], *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """Exit code of the entry for a command line that it refuses; hydra_runner is never reached."""
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    monkeypatch.setattr(ending, "StopSignals", lambda say, is_rank_zero: None)  # signals stay pytest's
+    monkeypatch.setattr(ending.Ending, "exit", lambda self, code: sys.exit(code))
     with pytest.raises(SystemExit) as caught:
-        entry.start(lambda cfg: pytest.fail("started"), CONF / "config.yaml", ("torch",), check)
+        entry.start(lambda cfg, _: pytest.fail("started"), CONF / "config.yaml", ("torch",), check)
     return int(str(caught.value.code))
 
 
@@ -320,12 +322,17 @@ def test_the_entry_refuses_with_one_line_and_exit_code_two(
     assert error.count("\n") == 1
 
 
-def test_of_many_ranks_that_find_the_same_only_the_first_speaks(
+def test_of_many_ranks_that_find_the_same_the_first_speaks_and_the_others_give_it_time_to(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    waited: list[float] = []
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(
+        ending.time, "sleep", lambda seconds: waited.append(seconds) or print("waited", file=sys.stderr)
+    )
     assert refused(lambda run: None, *command, "algorithm.group_sise=4", monkeypatch=monkeypatch) == 2
-    assert capsys.readouterr().err == ""
+    assert waited == [ending.ALIKE_SECONDS]
+    assert capsys.readouterr().err.startswith("waited\nerror: algorithm.group_sise")
 
 
 def test_an_interpreter_for_vllm_that_does_not_exist_is_refused(

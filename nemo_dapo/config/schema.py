@@ -60,6 +60,8 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = number(1, at_least=1)  # ranks that the layers are dealt to
     sequence_parallel: bool = False  # splits the tokens of norms and dropout over the tensor-parallel ranks
     timeout_minutes: float = number(30.0, above=0, at_most=A_YEAR / 60)  # of one collective between trainer ranks
+    # seconds without a sign of life of a rank, whatever it is at, after which the run ends and names it; 0 = never
+    heartbeat_timeout: float = number(120.0, at_least=3, at_most=A_YEAR, also=(0,))
 
 
 @dataclass
@@ -212,6 +214,7 @@ class CheckpointConfig:
     every: int = number(10, at_least=0)  # rollout steps; 0 = only at the end
     keep: int = number(2, at_least=0)  # newest ones; 0 = all
     resume: Resume = Resume.auto  # go on from the run's newest checkpoint, or never
+    on_signal: bool = False  # SIGTERM, SIGINT and SIGUSR1 save before they end the run
     export: bool = True  # write the trained model as a Hugging Face folder at the end
 
 

@@ -1,0 +1,25 @@
+"""What a rank is at, for whoever has to say where a run stands still."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Phase:
+    """What a rank is at: written by its main thread, read by its heartbeat."""
+
+    name: str = "start"
+    step: int = 0
+    since: float = field(default_factory=time.time)
+
+    @contextmanager
+    def enter(self, name: str) -> Iterator[None]:
+        """Within the block this rank is in `name`; afterwards, unless an error ends it, again where it was."""
+        before = self.name
+        self.name, self.since = name, time.time()
+        yield
+        self.name, self.since = before, time.time()
