@@ -1,0 +1,177 @@
+"""What crosses from a vLLM server to the trainer: one sample as a stream of binary frames, eight bytes a token.
+
+Both ends read this file; it needs numpy alone. A frame, little-endian:
+
+    magic 4s | kind u8 | pad 3x | number u32 | first u32 | count u32 | extra u32 | body crc32 u32 | header crc32 u32
+    ids int32[count] | log-probabilities float32[count] | extra bytes
+
+`number` counts the frames of a stream from 0; `first` is how many tokens of the sample came before; `extra` is the size of
+what follows the arrays. TOKENS carries tokens alone. FINAL is the last frame and carries, beside the last tokens, JSON:
+`{"finish_reason", "versions": [[version, start, end], ...], "total"}`. FAILED is the last frame of a stream that the server
+could not finish, with the reason as text. Routed experts will be a kind of their own.
+
+The header has a checksum apart from the body's: a damaged length must be noticed before it is waited for. CRC-32 finds
+every change within 32 adjacent bits, so every damaged byte.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROUTE = "/nemo_dapo/v1/generate"
+MEDIA_TYPE = "application/x-nemo-dapo-frames"
+TOKENS_PER_FRAME = 1024  # at most; so often is progress seen, and so much is lost with a server that dies
+TOKENS, FINAL, FAILED = 1, 2, 3
+
+_MAGIC = b"NDF1"
+_LAYOUT = struct.Struct("<4sB3xIIIIII")  # of _Header; the last field is the checksum of the ones before
+_BEFORE_CHECKSUM = _LAYOUT.size - 4
+_BYTES_PER_TOKEN = 8
+_MAX_EXTRA = 1 << 20
+
+Ids = NDArray[np.int32]
+Logprobs = NDArray[np.float32]
+
+
+class WireError(ValueError):
+    """Bytes that no server of ours sends: damaged, cut off, or not frames at all."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """`token_ids` [count] int32 and `logprobs` [count] float32 (nats) from token `first` of the sample on; read-only."""
+
+    kind: int
+    number: int
+    first: int
+    token_ids: Ids
+    logprobs: Logprobs
+    extra: bytes = b""
+
+    @property
+    def final(self) -> Any:
+        """The JSON of a FINAL frame; raises WireError where it is none."""
+        try:
+            return json.loads(self.extra)
+        except ValueError as error:
+            raise WireError(f"the last frame ends with {self.extra[:80]!r}, expected JSON") from error
+
+
+class _Header(NamedTuple):
+    magic: bytes
+    kind: int
+    number: int
+    first: int
+    tokens: int
+    extra: int
+    body_crc: int
+    header_crc: int
+
+    @property
+    def body_size(self) -> int:
+        return self.tokens * _BYTES_PER_TOKEN + self.extra
+
+
+def encode(
+    kind: int, number: int, first: int, token_ids: Sequence[int], logprobs: Sequence[float], extra: bytes = b""
+) -> bytes:
+    """One frame as bytes."""
+    ids, values = np.asarray(token_ids, "<i4"), np.asarray(logprobs, "<f4")
+    if ids.shape != values.shape or ids.ndim != 1:
+        raise ValueError(f"{ids.shape} token ids and {values.shape} log-probabilities; expected one each")
+    body = ids.tobytes() + values.tobytes() + extra
+    return _header(kind, number, first, len(ids), len(extra), zlib.crc32(body)) + body
+
+
+def _header(kind: int, number: int, first: int, count: int, extra: int, crc: int) -> bytes:
+    fields = _LAYOUT.pack(_MAGIC, kind, number, first, count, extra, crc, 0)[:_BEFORE_CHECKSUM]
+    return fields + struct.pack("<I", zlib.crc32(fields))
+
+
+def encode_final(
+    number: int,
+    first: int,
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    *,
+    finish_reason: str,
+    versions: Sequence[Sequence[int]],
+) -> bytes:
+    """The last frame of a sample; `versions` are spans (version, start, end) of its response tokens."""
+    said = {"finish_reason": finish_reason, "versions": [list(v) for v in versions], "total": first + len(token_ids)}
+    return encode(FINAL, number, first, token_ids, logprobs, json.dumps(said).encode())
+
+
+def encode_failed(number: int, first: int, reason: str) -> bytes:
+    return encode(FAILED, number, first, [], [], reason.encode("utf-8", "replace")[:_MAX_EXTRA])
+
+
+class FrameReader:
+    """Frames of one stream out of the pieces in which its bytes arrive.
+
+    `max_tokens` bounds the sample: a stream that goes on beyond it is refused before it is stored.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self._buffer = bytearray()
+        self._numbers = 0
+        self._tokens = 0
+        self.ended = False
+
+    def feed(self, piece: bytes) -> Iterator[Frame]:
+        """The frames that `piece` completes. Raises WireError at the first byte that cannot be right."""
+        self._buffer += piece
+        at = 0
+        while len(self._buffer) - at >= _LAYOUT.size:
+            header = self._read_header(bytes(self._buffer[at : at + _LAYOUT.size]))
+            start, end = at + _LAYOUT.size, at + _LAYOUT.size + header.body_size
+            if len(self._buffer) < end:
+                break
+            yield self._read_body(header, bytes(memoryview(self._buffer)[start:end]))
+            at = end
+        del self._buffer[:at]
+
+    def close(self) -> None:
+        """The stream has ended; raises WireError when it did so in the middle."""
+        if self._buffer or not self.ended:
+            rest = bytes(self._buffer[:40])
+            raise WireError(f"the stream ended after {self._tokens} tokens, in the middle of an answer; left: {rest!r}")
+
+    def _read_header(self, raw: bytes) -> _Header:
+        header = _Header(*_LAYOUT.unpack(raw))
+        if self.ended:
+            raise WireError(f"bytes after the last frame: {raw[:16]!r}")
+        if header.magic != _MAGIC or zlib.crc32(raw[:_BEFORE_CHECKSUM]) != header.header_crc:
+            raise WireError(f"frame {self._numbers}: damaged header {raw[:16]!r}")
+        if header.kind not in (TOKENS, FINAL, FAILED):
+            raise WireError(f"frame {header.number}: unknown kind {header.kind}")
+        if (header.number, header.first) != (self._numbers, self._tokens):
+            raise WireError(
+                f"frame {header.number} from token {header.first} on; expected frame {self._numbers} from token "
+                f"{self._tokens} on"
+            )
+        if header.first + header.tokens > self.max_tokens or header.extra > _MAX_EXTRA:
+            raise WireError(
+                f"{header.first + header.tokens} tokens and {header.extra} more bytes; expected at most {self.max_tokens} "
+                f"tokens and {_MAX_EXTRA} bytes"
+            )
+        return header
+
+    def _read_body(self, header: _Header, body: bytes) -> Frame:
+        if zlib.crc32(body) != header.body_crc:
+            raise WireError(f"frame {header.number}: the checksum of {len(body)} bytes does not match")
+        self._numbers += 1
+        self._tokens += header.tokens
+        self.ended = header.kind != TOKENS
+        ids = np.frombuffer(body, "<i4", header.tokens)
+        logprobs = np.frombuffer(body, "<f4", header.tokens, offset=4 * header.tokens)
+        return Frame(header.kind, header.number, header.first, ids, logprobs, body[_BYTES_PER_TOKEN * header.tokens :])

@@ -1,0 +1,113 @@
+"""Frames: what is encoded is read back, in whatever pieces it arrives; whatever is damaged is refused."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_dapo.rollout import wire
+
+MAX_TOKENS = 5000
+
+
+def stream(lengths: list[int], seed: int = 0) -> bytes:
+    """One sample in frames of the given numbers of tokens, the last one final."""
+    generator = np.random.default_rng(seed)
+    out, first = b"", 0
+    for number, count in enumerate(lengths):
+        ids = generator.integers(0, 151936, count)
+        logprobs = -generator.random(count, np.float32)
+        if number + 1 < len(lengths):
+            out += wire.encode(wire.TOKENS, number, first, ids.tolist(), logprobs.tolist())
+        else:
+            out += wire.encode_final(
+                number, first, ids.tolist(), logprobs.tolist(), finish_reason="stop", versions=[[3, 0, first + count]]
+            )
+        first += count
+    return out
+
+
+def read(pieces: list[bytes]) -> list[wire.Frame]:
+    reader = wire.FrameReader(MAX_TOKENS)
+    frames = [frame for piece in pieces for frame in reader.feed(piece)]
+    reader.close()
+    return frames
+
+
+@given(st.lists(st.integers(0, 1024), min_size=1, max_size=4), st.integers(1, 5000), st.integers(0, 2**16))
+def test_what_is_encoded_is_read_back_bit_for_bit_in_pieces_of_any_size(
+    lengths: list[int], size: int, seed: int
+) -> None:
+    data = stream(lengths, seed)
+    frames = read([data[i : i + size] for i in range(0, len(data), size)])
+    again = b"".join(wire.encode(f.kind, f.number, f.first, f.token_ids, f.logprobs, f.extra) for f in frames)
+    assert again == data
+    assert [len(f.token_ids) for f in frames] == lengths
+    assert frames[-1].final == {"finish_reason": "stop", "versions": [[3, 0, sum(lengths)]], "total": sum(lengths)}
+
+
+def test_an_answer_of_a_thousand_tokens_takes_less_than_nine_bytes_a_token() -> None:
+    assert len(stream([1024, 1])) / 1025 < 8.2
+    assert len(stream([1001])) / 1001 < 8.2
+
+
+def test_arrays_are_of_the_wire_s_types_and_cannot_be_written_to() -> None:
+    (frame,) = read([stream([7])])
+    assert frame.token_ids.dtype == np.int32
+    assert frame.logprobs.dtype == np.float32
+    with pytest.raises(ValueError, match="read-only"):
+        frame.token_ids[0] = 1
+
+
+def test_every_damaged_byte_of_a_stream_is_noticed() -> None:
+    data = stream([9, 3, 5])
+    for position in range(len(data)):
+        for flipped in {1 << random.Random(position).randrange(8), 0xFF}:
+            damaged = bytearray(data)
+            damaged[position] ^= flipped
+            with pytest.raises(wire.WireError):
+                read([bytes(damaged)])
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_stream_that_is_cut_doubled_or_shuffled_is_refused(data: st.DataObject) -> None:
+    whole = stream([4, 4, 4])
+    a, b, c = (len(wire.encode(wire.TOKENS, 0, 0, [1] * 4, [0.0] * 4)) * i for i in (0, 1, 2))
+    frames = [whole[a:b], whole[b:c], whole[c:]]
+    order = data.draw(st.lists(st.sampled_from(range(3)), max_size=5).filter(lambda o: o != [0, 1, 2]))
+    with pytest.raises(wire.WireError):
+        read([frames[i] for i in order])
+    with pytest.raises(wire.WireError):
+        read([whole[: data.draw(st.integers(0, len(whole) - 1))]])
+
+
+@given(st.binary(max_size=200))
+def test_bytes_of_somebody_else_are_no_answer(garbage: bytes) -> None:
+    with pytest.raises(wire.WireError):
+        read([garbage])
+
+
+def test_a_stream_that_goes_on_for_ever_is_refused_before_it_is_stored() -> None:
+    reader = wire.FrameReader(max_tokens=2000)
+    ids, logprobs = [1] * 1024, [0.0] * 1024
+    assert list(reader.feed(wire.encode(wire.TOKENS, 0, 0, ids, logprobs)))
+    header = wire.encode(wire.TOKENS, 1, 1024, ids, logprobs)[:32]
+    with pytest.raises(wire.WireError, match="2048 tokens"):
+        list(reader.feed(header))
+
+
+def test_a_server_s_failure_arrives_with_its_reason() -> None:
+    first = wire.encode(wire.TOKENS, 0, 0, [5, 6], [-0.5, -0.25])
+    frames = read([first + wire.encode_failed(1, 2, "EngineCore died")])
+    assert [f.kind for f in frames] == [wire.TOKENS, wire.FAILED]
+    assert frames[-1].extra == b"EngineCore died"
+
+
+def test_unequal_numbers_of_ids_and_log_probabilities_are_not_sent() -> None:
+    with pytest.raises(ValueError, match="expected one each"):
+        wire.encode(wire.TOKENS, 0, 0, [1, 2], [0.0])
