@@ -112,18 +112,22 @@ def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack) -> Futu
     # Another seed after a resume: the servers must not draw the samples of the first steps again.
     seed = config.seed + (resumed or 0)
 
-    def start() -> Controller:
-        if config.rollout.replay:
-            print(f"no vLLM server: the rollouts of {config.rollout.replay} are played back", flush=True)
-            engine: VLLMEngine | ReplayEngine = ReplayEngine(Path(config.rollout.replay))
-        else:
-            print(f"starting {config.rollout.num_servers} vLLM server(s), logs in {run_dir / 'servers'}", flush=True)
-            engine = VLLMEngine.start(config.rollout, model_path, config.model.precision, run_dir, tokenizer, seed)
-        stack.callback(engine.close)
-        return Controller(config, run_dir, engine, rewarder, loader, eval_sets, sinks)
-
     executor = ThreadPoolExecutor(1, thread_name_prefix="servers")
     stack.callback(executor.shutdown)
+    engine: VLLMEngine | ReplayEngine
+    if config.rollout.replay:
+        print(f"no vLLM server: the rollouts of {config.rollout.replay} are played back", flush=True)
+        engine = ReplayEngine(Path(config.rollout.replay))
+    else:
+        print(f"starting {config.rollout.num_servers} vLLM server(s), logs in {run_dir / 'servers'}", flush=True)
+        engine = VLLMEngine.prepare(config.rollout, model_path, config.model.precision, run_dir, tokenizer, seed)
+    stack.callback(engine.close)  # ends the servers' start as well, before the executor waits for it
+
+    def start() -> Controller:
+        if isinstance(engine, VLLMEngine):
+            engine.start_servers()
+        return Controller(config, run_dir, engine, rewarder, loader, eval_sets, sinks)
+
     return executor.submit(start)
 
 

@@ -62,7 +62,8 @@ class Controller:
             max_attempts=algorithm.max_attempts,
             max_error_rate=config.reward.max_error_rate,
             max_empty_steps=algorithm.max_empty_steps,
-            timeout=rollout.request_timeout,
+            # Behind the engine's own limits, which name the server: a sample may be late three times, a restart after each.
+            timeout=3 * (rollout.request_timeout + rollout.start_timeout + rollout.sync_timeout),
         )
 
     async def collect(self, step: int) -> Rollout:

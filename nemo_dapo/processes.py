@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -27,23 +28,31 @@ def die_with_parent(parent: int, how: int = signal.SIGKILL) -> None:
         raise SystemExit(f"process {parent} ended before {os.getpid()}, which it had started, was ready")
 
 
+def _stat(pid: int | str) -> list[str] | None:
+    """The fields of /proc/PID/stat from the state on: state, parent, group, session, …; None where it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            # The command's name may hold spaces and brackets: the fields start after the last bracket.
+            return stat.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def _alive() -> dict[int, list[str]]:
+    """The `_stat` of every process that is no zombie; empty where there is no /proc."""
+    entries = [entry for entry in os.listdir("/proc") if entry.isdigit()] if os.path.isdir("/proc") else []
+    found = {int(entry): _stat(entry) for entry in entries}
+    return {pid: fields for pid, fields in found.items() if fields and fields[0] != "Z"}
+
+
 def descendants() -> list[int]:
     """Process ids of everything alive below this process, without zombies; empty where there is no /proc.
 
     A subreaper finds among them also those that left their session or lost their own parent.
     """
     children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
-        if not entry.isdigit():
-            continue
-        try:
-            with open(f"/proc/{entry}/stat") as stat:
-                # The command's name may hold spaces and brackets: the fields start after the last bracket.
-                state, parent = stat.read().rpartition(")")[2].split()[:2]
-        except OSError:  # ended while we looked
-            continue
-        if state != "Z":
-            children.setdefault(int(parent), []).append(int(entry))
+    for pid, fields in _alive().items():
+        children.setdefault(int(fields[1]), []).append(pid)
     found, queue = [], [os.getpid()]
     while queue:
         below = children.get(queue.pop(), [])
@@ -69,3 +78,46 @@ def kill_descendants() -> None:
                 os.kill(each, signal.SIGKILL)
         time.sleep(_PAUSE)
         reap()
+
+
+_SESSION, _STARTED = 3, 19  # which of the fields of `_stat`
+
+
+def record_session(path: str, leader: int) -> None:
+    """Write to `path` what `kill_session` needs to find the session that process `leader` leads, also after its death."""
+    fields = _stat(leader)
+    with open(path, "w") as file:
+        json.dump({"session": leader, "started": int(fields[_STARTED]) if fields else 0, "boot": _boot()}, file)
+
+
+def kill_session(path: str) -> list[int]:
+    """SIGKILL to what is left of the session recorded at `path`, whose leader is dead or ours to end; what was killed.
+
+    A session outlives its leader, and a process that renames itself or wipes its environment still belongs to it. Nothing
+    is touched when the machine was started anew since, or when the leader's number belongs to a younger process now.
+    """
+    try:
+        with open(path) as file:
+            said = json.load(file)
+    except (OSError, ValueError):  # none was recorded, or its writer was killed at it
+        return []
+    leader = _stat(said["session"])
+    if said["boot"] != _boot() or (leader and int(leader[_STARTED]) != said["started"]):
+        return []
+    members = [
+        pid
+        for pid, fields in _alive().items()
+        if int(fields[_SESSION]) == said["session"] and int(fields[_STARTED]) >= said["started"]
+    ]
+    for pid in members:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return members
+
+
+def _boot() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""

@@ -1,28 +1,34 @@
-"""Requests and their answers, and the engine's dispatch, against a stand-in HTTP server."""
+"""Requests, their answers and what is done about servers that are sick, against stand-ins on real sockets."""
 
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import socket
-import threading
-import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
-import httpx
+import numpy as np
 import pytest
+import torch
 
 from nemo_dapo.config import RolloutConfig
-from nemo_dapo.rollout.client import Reader, read_samples, request_body, stop_tokens
-from nemo_dapo.rollout.engine import MAX_DEATHS, Slots, VLLMEngine
-from nemo_dapo.types import Prompt, SamplingParams, VersionSpan
+from nemo_dapo.hf_folder import ExpectedWeights
+from nemo_dapo.rollout import client, wire
+from nemo_dapo.rollout import engine as engine_module
+from nemo_dapo.rollout.engine import MAX_LATE, MAX_TRIES, VLLMEngine
+from nemo_dapo.rollout.fleet import MAX_RESTARTS, Fleet
+from nemo_dapo.rollout.weight_sync import WeightStore
+from nemo_dapo.types import Prompt, Sample, SamplingParams
+from tests import stand_in_server as stand
+from tests.stand_in_server import StandIn, StandInServers, wait_for
 from tests.tiny import save_tiny_tokenizer
 
 PROMPT = Prompt(uid="p-17", token_ids=(5, 6), problem="", ground_truth="")
 PARAMS = SamplingParams(max_tokens=4)
+VOCABULARY = 9
 
 
 class Letters:
@@ -35,232 +41,34 @@ class Letters:
         return "".join(chr(96 + i) for i in ids if i != 1)
 
 
-def choice(index: int = 0, tokens=(2, 3, 1), **changes) -> dict:
-    content = [{"token_id": t, "logprob": -0.5 * t} for t in tokens]
-    spans = [{"version": "7", "start": 0, "end": len(tokens)}]
-    default = {"index": index, "token_ids": list(tokens), "logprobs": {"content": content}, "finish_reason": "stop"}
-    return {**default, "weight_versions": spans, **changes}
+@pytest.fixture
+def start() -> Iterator[Callable[..., StandIn]]:
+    """Starts stand-ins, and ends them after the test."""
+    started: list[StandIn] = []
 
+    def one(*args: object, **kwargs: object) -> StandIn:
+        started.append(StandIn(*args, **kwargs))  # type: ignore[arg-type]
+        return started[-1]
 
-def read(*choices: dict, n: int = 1, assumed: int | None = None):
-    return read_samples({"choices": list(choices)}, PROMPT, n, Reader(Letters(), assumed))
-
-
-def test_a_sample_keeps_tokens_logprobs_versions_and_its_end_token():
-    spans = [{"version": "6", "start": 0, "end": 2}, {"version": "7", "start": 2, "end": 3}]
-    (sample,) = read(choice(weight_versions=spans))
-    assert sample.token_ids == (2, 3, 1)
-    assert sample.logprobs == (-1.0, -1.5, -0.5)
-    assert sample.text == "bc"
-    assert sample.versions == (VersionSpan(6, 0, 2), VersionSpan(7, 2, 3))
-    assert not sample.truncated
-
-
-def test_samples_come_in_the_order_of_their_index():
-    assert [s.text for s in read(choice(1, (3,)), choice(0, (2,)), n=2)] == ["b", "c"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"logprobs": None}, "0 log-probabilities for 3 tokens"),
-        ({"logprobs": {"content": [{"logprob": -1.0}] * 2}}, "2 log-probabilities for 3 tokens"),
-        ({"logprobs": {"content": [{"logprob": -1.0}, {"logprob": None}, {"logprob": -1.0}]}}, "position 1"),
-        ({"logprobs": {"content": [{"logprob": -9999.0}] * 3}}, "NaN and -inf"),
-        ({"weight_versions": None}, "weight versions None"),
-        ({"weight_versions": [{"version": "1", "start": 0, "end": 2}]}, "not all covered"),
-        ({"weight_versions": [{"version": "1", "start": 1, "end": 3}]}, "not all covered"),
-    ],
-)
-def test_an_answer_that_cannot_be_trained_on_is_an_error_that_names_the_prompt(changes, message):
-    with pytest.raises(RuntimeError, match=message) as raised:
-        read(choice(**changes))
-    assert "p-17" in str(raised.value)
-
-
-def test_a_wrong_number_of_samples_is_an_error():
-    with pytest.raises(RuntimeError, match=r"returned 1 samples of prompt p-17, expected 2"):
-        read(choice(), n=2)
-
-
-def test_a_server_without_weight_versions_gets_the_assumed_one():
-    (sample,) = read(choice(weight_versions=None), assumed=3)
-    assert sample.versions == (VersionSpan(3, 0, 3),)
-
-
-def test_a_request_carries_no_seed():
-    body = request_body(PROMPT, 4, PARAMS, [1])
-    assert "seed" not in json.dumps(body)
-    assert body["sampling_params"]["stop_token_ids"] == [1]
-
-
-def test_every_declared_end_token_stops_a_response(tmp_path):
-    (tmp_path / "config.json").write_text('{"eos_token_id": 8}')
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 8]}')
-    assert stop_tokens(tmp_path, Letters()) == [1, 8, 9]
-
-
-def test_an_end_token_is_not_in_the_text_of_a_real_tokenizer(tmp_path):
-    from transformers import AutoTokenizer
-
-    save_tiny_tokenizer(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    ids = [*tokenizer.encode("2 + 2\n= 4 "), tokenizer.eos_token_id]
-    (sample,) = read_samples({"choices": [choice(0, ids)]}, PROMPT, 1, Reader(tokenizer))
-    assert sample.text == "2 + 2\n= 4 "
-
-
-class StandIn(ThreadingHTTPServer):
-    """Answers /inference/v1/generate by the statuses in `script`, then always 200; `hold` delays every answer."""
-
-    daemon_threads = True
-
-    def __init__(self, script: list[int]) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.script = list(script)
-        self.error = "x"
-        self.requests = 0
-        self.release = threading.Event()
-        self.release.set()
-        self.dropped = threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: StandIn
-
-    def do_POST(self) -> None:
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server.requests += 1
-        if not server.release.is_set():
-            self.connection.settimeout(20)
-            if self.connection.recv(1) == b"":  # the client closed the connection
-                server.dropped.set()
-            return
-        status = server.script.pop(0) if server.script else 200
-        n = body["sampling_params"]["n"]
-        payload = json.dumps(
-            {"choices": [choice(i) for i in range(n)]} if status == 200 else {"error": server.error}
-        ).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *_: object) -> None: ...
+    yield one
+    for server in started:
+        server.close()
 
 
 @pytest.fixture
-def stand_in() -> Iterator[StandIn]:
-    server = StandIn([])
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def engine_over() -> Iterator[Callable[..., VLLMEngine]]:
+    """Builds engines over stand-ins, with a store of one small weight, and closes them after the test."""
+    engines: list[VLLMEngine] = []
 
+    def build(servers: StandInServers, **options: object) -> VLLMEngine:
+        config = RolloutConfig(max_prompt_length=4, max_response_length=4, **options)  # type: ignore[arg-type]
+        store = WeightStore(ExpectedWeights({"w": (2,)}), 4)
+        engines.append(VLLMEngine(config, servers, store, Letters(), [1], VOCABULARY))  # type: ignore[arg-type]
+        return engines[-1]
 
-class FakeServers:
-    """The part of VLLMServers that the engine's dispatch uses; `dead` servers come back when restarted."""
-
-    def __init__(self, *urls: str) -> None:
-        self.headers = {"Authorization": "Bearer k"}
-        self.servers = [SimpleNamespace(url=url, log_path=Path("server.log")) for url in urls]
-        self.dead: set[int] = set()
-        self.cures: dict[int, str] = {}
-
-    def __len__(self) -> int:
-        return len(self.servers)
-
-    def alive(self, index: int) -> bool:
-        return index not in self.dead
-
-    def describe_exit(self, index: int) -> str:
-        return f"server {index} ended"
-
-    def http(self, index: int, timeout: float) -> httpx.Client:
-        return httpx.Client(base_url=self.servers[index].url, timeout=timeout, trust_env=False)
-
-    def restart(self, index: int) -> None:
-        if index in self.cures:
-            self.dead.discard(index)
-            self.servers[index].url = self.cures[index]
-
-
-def engine_over(servers: FakeServers, **options: object) -> VLLMEngine:
-    config = RolloutConfig(max_prompt_length=4, max_response_length=4, **options)  # type: ignore[arg-type]
-    engine = VLLMEngine(config, servers, None, Letters(), [1])  # type: ignore[arg-type]
-    engine._prepare = lambda index: None  # type: ignore[method-assign]
-    return engine
-
-
-def test_a_busy_server_is_asked_again(stand_in, caplog):
-    stand_in.script = [503, 503]
-    samples = asyncio.run(engine_over(FakeServers(stand_in.url)).generate(PROMPT, 3, PARAMS))
-    assert len(samples) == 3
-    assert stand_in.requests == 3
-    assert caplog.text.count("prompt p-17 will be sent again") == 2
-
-
-def test_a_server_whose_engine_died_is_asked_again(stand_in):
-    stand_in.script = [500]
-    stand_in.error = "EngineCore encountered an issue. See stack trace (above) for the root cause."
-    assert asyncio.run(engine_over(FakeServers(stand_in.url)).generate(PROMPT, 1, PARAMS))
-    assert stand_in.requests == 2
-
-
-def test_a_refused_request_is_not_repeated(stand_in):
-    stand_in.script = [400]
-    with pytest.raises(RuntimeError, match=r"refused prompt p-17 .* HTTP 400"):
-        asyncio.run(engine_over(FakeServers(stand_in.url)).generate(PROMPT, 1, PARAMS))
-    assert stand_in.requests == 1
-
-
-def test_the_deadline_names_the_prompt(stand_in):
-    stand_in.release.clear()
-    with pytest.raises(TimeoutError, match=r"prompt p-17 within rollout.request_timeout=1 s"):
-        asyncio.run(engine_over(FakeServers(stand_in.url), request_timeout=1.0).generate(PROMPT, 1, PARAMS))
-
-
-def test_a_cancelled_request_closes_its_connection_and_gives_its_slots_back(stand_in):
-    stand_in.release.clear()
-    engine = engine_over(FakeServers(stand_in.url))
-
-    async def cancel() -> list[int]:
-        task = asyncio.create_task(engine.generate(PROMPT, 2, PARAMS))
-        await asyncio.to_thread(lambda: wait_for(lambda: stand_in.requests == 1))
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert engine._slots is not None
-        return engine._slots.load
-
-    assert asyncio.run(cancel()) == [0]
-    assert stand_in.dropped.wait(20)
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-def test_one_engine_serves_one_event_loop_after_another(stand_in):
-    engine = engine_over(FakeServers(stand_in.url))
-    for _ in range(3):
-        assert len(asyncio.run(engine.generate(PROMPT, 1, PARAMS))) == 1
-
-
-def test_proxy_variables_do_not_reach_a_server_of_our_own(stand_in, monkeypatch):
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    assert asyncio.run(engine_over(FakeServers(stand_in.url)).generate(PROMPT, 1, PARAMS))
-
-
-def test_a_prompt_that_cannot_fit_is_refused_with_the_numbers(stand_in):
-    with pytest.raises(ValueError, match=r"p-17 has 2 tokens, with max_tokens=9 that is 11, but the servers hold 8"):
-        asyncio.run(engine_over(FakeServers(stand_in.url)).generate(PROMPT, 1, SamplingParams(max_tokens=9)))
-    assert stand_in.requests == 0
+    yield build
+    for engine in engines:
+        engine.close()
 
 
 def closed_url() -> str:
@@ -268,77 +76,380 @@ def closed_url() -> str:
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def test_a_dead_server_is_restarted_once_and_its_requests_are_sent_again(stand_in):
-    servers = FakeServers(closed_url())
-    servers.dead, servers.cures = {0}, {0: stand_in.url}
+def generate(engine: VLLMEngine, n: int = 1, groups: int = 1) -> list[list[Sample]]:
+    async def many() -> list[list[Sample]]:
+        return await asyncio.gather(*(engine.generate(PROMPT, n, PARAMS) for _ in range(groups)))
+
+    return asyncio.run(many())
+
+
+# -------------------------------------------------------------------- requests and answers
+
+
+def test_every_sample_is_a_request_of_its_own_without_a_seed_and_earlier_groups_come_first(start, engine_over):
+    server = start()
+    engine = engine_over(StandInServers(server.url))
+    for _ in range(2):
+        (samples,) = generate(engine, n=3)
+        assert [s.text for s in samples] == ["bc"] * 3
+    assert server.requests == 6
+    assert [body["priority"] for body in server.bodies] == [0, 0, 0, 1, 1, 1]
+    for body in server.bodies:
+        assert body["sampling_params"]["n"] == 1
+        assert body["sampling_params"]["stop_token_ids"] == [1]
+        assert "seed" not in json.dumps(body)
+
+
+def test_both_routes_give_the_same_sample(start, engine_over):
+    framed, plain = start(), start()
+    plain.has_frames = False
+    servers = StandInServers(framed.url, plain.url)
     engine = engine_over(servers)
+    for index in range(2):
+        engine._prepare(index)
+    groups = generate(engine, groups=2)
+    assert (framed.requests, plain.requests) == (1, 1)
+    assert groups[0] == groups[1]
 
-    async def many():
-        return await asyncio.gather(*[engine.generate(PROMPT, 2, PARAMS) for _ in range(5)])
 
-    assert [len(samples) for samples in asyncio.run(many())] == [2] * 5
+def test_a_server_without_our_route_is_asked_by_json_aloud(start, engine_over, caplog):
+    server = start()
+    server.has_frames = False
+    engine = engine_over(StandInServers(server.url))
+    engine._prepare(0)
+    assert generate(engine)
+    assert "140 bytes a token instead of 8" in caplog.text
+
+
+def test_a_refused_request_is_not_repeated_and_not_held_against_the_server(start, engine_over):
+    server = start(stand.answer(b"bad \x1b[2J temperature", 400))
+    servers = StandInServers(server.url)
+    with pytest.raises(RuntimeError, match=r"refused prompt p-17: HTTP 400 bad \\x1b\[2J temperature"):
+        generate(engine_over(servers))
+    assert server.requests == 1
+    assert servers.restarts == []
+
+
+def test_a_request_refused_after_the_status_line_is_not_repeated(start, engine_over):
+    server = start(stand.answer(wire.encode_failed(0, 0, "refused: no such option")))
+    with pytest.raises(RuntimeError, match="refused prompt p-17: refused: no such option"):
+        generate(engine_over(StandInServers(server.url)))
+    assert server.requests == 1
+
+
+def test_proxy_variables_do_not_reach_a_server_of_our_own(start, engine_over, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert generate(engine_over(StandInServers(start().url)))
+
+
+def test_a_prompt_that_cannot_fit_is_refused_with_the_numbers(start, engine_over):
+    server = start()
+    engine = engine_over(StandInServers(server.url))
+    with pytest.raises(ValueError, match=r"p-17 has 2 tokens, with max_tokens=9 that is 11, but the servers hold 8"):
+        asyncio.run(engine.generate(PROMPT, 1, SamplingParams(max_tokens=9)))
+    assert server.requests == 0
+
+
+def test_every_declared_end_token_stops_a_response(tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": 8}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 8]}')
+    assert client.stop_tokens(tmp_path, Letters()) == [1, 8, 9]
+
+
+def test_an_end_token_is_not_in_the_text_of_a_real_tokenizer(start, engine_over, tmp_path):
+    from transformers import AutoTokenizer
+
+    save_tiny_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = [*tokenizer.encode("2=4 ")[:3], tokenizer.eos_token_id]
+    engine = engine_over(StandInServers(start(stand.answer(stand.frames(ids, [-0.5] * len(ids)))).url))
+    engine.tokenizer, engine.vocab_size = tokenizer, 0
+    assert generate(engine)[0][0].text == "2=4"
+
+
+def test_a_cancelled_request_closes_its_connection_and_gives_its_place_back(start, engine_over):
+    server = start(stand.hang)
+    engine = engine_over(StandInServers(server.url))
+
+    async def cancel() -> None:
+        task = asyncio.create_task(engine.generate(PROMPT, 2, PARAMS))
+        assert await asyncio.to_thread(wait_for, lambda: server.requests == 2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    assert wait_for(lambda: engine._fleet.members[0].load == 0)
+    assert server.dropped.wait(20)
+
+
+# -------------------------------------------------------------------- sick servers
+
+GOOD = stand.frames()
+SICK: dict[str, stand.Act] = {
+    "hangs": stand.hang,
+    "hangs in the middle": stand.hang_in_the_middle,
+    "sends a byte now and then for ever": stand.trickle,
+    "is always busy": stand.answer(b"busy", 503),
+    "closes in the middle": stand.close_in_the_middle,
+    "answers 500": stand.answer(b"oops", 500),
+    "has no model any more": stand.answer(b"EngineCore encountered an issue", 500),
+    "ends without a last frame": stand.answer(wire.encode(wire.TOKENS, 0, 0, [2], [-1.0])),
+    "answers HTML": stand.answer(b"<html>proxy</html>"),
+    "answers nothing": stand.answer(b""),
+    "flips a bit": stand.answer(GOOD[:40] + bytes([GOOD[40] ^ 4]) + GOOD[41:]),
+    "sends its answer twice": stand.answer(GOOD + GOOD),
+    "lies about the count": stand.answer(GOOD[:16] + struct.pack("<I", 99) + GOOD[20:]),
+    "goes on for ever": stand.answer(b"".join(wire.encode(wire.TOKENS, i, i, [2], [-1.0]) for i in range(50))),
+    "compresses a bomb": stand.answer(gzip.compress(b"0" * (1 << 20)), Content_Encoding="gzip"),
+    "fails at generating": stand.answer(wire.encode_failed(0, 0, "failed: EngineDeadError")),
+    "aborts": stand.answer(stand.frames(reason="abort")),
+    "has another version": stand.answer(stand.frames(version=3)),
+    "has NaN": stand.answer(stand.frames(logprobs=[-1.0, float("nan"), -1.0])),
+    "names a token outside the vocabulary": stand.answer(stand.frames([2, VOCABULARY, 1])),
+    "names no weight version": stand.answer(
+        wire.encode_final(0, 0, [2, 1], [-1.0, -1.0], finish_reason="stop", versions=[])
+    ),
+    "has no spans at all": stand.answer(
+        wire.encode(wire.FINAL, 0, 0, [2, 1], [-1.0, -1.0], b'{"finish_reason": "stop"}')
+    ),
+}
+BAD_JSON: dict[str, bytes] = {
+    "cut": b'{"choices": [{"index"',
+    "a list": b"[]",
+    "null": b"null",
+    "deep": b"[" * 200_000,
+    "no choices": b'{"choices": []}',
+    "two choices": json.dumps({"choices": [stand.choice(), stand.choice()]}).encode(),
+    "no log-probabilities": json.dumps({"choices": [stand.choice(logprobs=None)]}).encode(),
+    "-9999": json.dumps({"choices": [stand.choice(logprobs={"content": [{"logprob": -9999.0}] * 3})]}).encode(),
+    "a null log-probability": json.dumps(
+        {"choices": [stand.choice(logprobs={"content": [{"logprob": None}] * 3})]}
+    ).encode(),
+    "of other tokens": json.dumps(
+        {"choices": [stand.choice(logprobs={"content": [{"token_id": 7, "logprob": -1.0}] * 3})]}
+    ).encode(),
+    "a token that is text": json.dumps({"choices": [stand.choice() | {"token_ids": ["x", 3, 1]}]}).encode(),
+    "a token that is a fraction": json.dumps({"choices": [stand.choice() | {"token_ids": [2.5, 3, 1]}]}).encode(),
+    "a body without end": b" " * (1 << 18),
+}
+
+
+@pytest.mark.parametrize("kind", SICK)
+def test_a_sick_server_beside_a_healthy_one_costs_no_sample(kind, start, engine_over, caplog):
+    sick, healthy = start(SICK[kind]), start()
+    servers = StandInServers(sick.url, healthy.url)
+    engine = engine_over(servers, progress_timeout=0.4)
+    groups = generate(engine, n=2, groups=6)
+    assert [[s.text for s in group] for group in groups] == [["bc"] * 2] * 6
+    assert sick.requests
+    assert "vLLM server 0 (pid 0, server_0.log)" in caplog.text
+    assert "vLLM server 1" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", BAD_JSON)
+def test_json_that_is_no_answer_beside_a_healthy_server_costs_no_sample(kind, start, engine_over):
+    sick, healthy = start(stand.answer(BAD_JSON[kind])), start()
+    sick.has_frames = healthy.has_frames = False
+    engine = engine_over(StandInServers(sick.url, healthy.url))
+    for index in range(2):
+        engine._prepare(index)
+    groups = generate(engine, groups=4)
+    assert [[s.text for s in group] for group in groups] == [["bc"]] * 4
+    assert sick.requests
+
+
+def test_a_hung_server_that_a_restart_cures_gets_its_requests_back(start, engine_over, caplog):
+    server = start(stand.hang)
+    servers = StandInServers(server.url)
+    servers.cures[0] = lambda: setattr(server, "otherwise", stand.good)
+    groups = generate(engine_over(servers, progress_timeout=0.4), n=2, groups=2)
+    assert [len(group) for group in groups] == [2, 2]
+    assert servers.restarts == [0]
+    assert "no token of its 4 open samples" in caplog.text
+
+
+def test_a_slow_server_whose_counters_move_is_left_alone(start, engine_over):
+    """Nothing comes of its requests for three times the limit, but it says that it generates."""
+    server = start(stand.hang)
+    counted = iter(range(10**9))
+    type_ = type(server)
+    server.__class__ = type(
+        "Counting", (type_,), {"metrics": property(lambda _: metrics(next(counted)), lambda *_: None)}
+    )
+    servers = StandInServers(server.url)
+    engine = engine_over(servers, progress_timeout=0.4)
+
+    async def wait() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(engine.generate(PROMPT, 1, PARAMS), 1.5)
+
+    asyncio.run(wait())
+    assert servers.restarts == []
+
+
+def metrics(tokens: int) -> str:
+    return f'vllm:generation_tokens_total{{engine="0"}} {tokens}.0\n'
+
+
+@pytest.mark.parametrize("said", [b"<html>proxy\x1b</html>", b"<html>proxy\x1b</html>" * 9])
+def test_the_only_server_garbling_for_ever_ends_the_run_with_its_name_and_words(said, start, engine_over, monkeypatch):
+    monkeypatch.setattr(engine_module, "MAX_BACKOFF_SECONDS", 0.2)
+    server = start(stand.answer(said))
+    with pytest.raises(RuntimeError, match=r"vLLM server 0 \(pid 0, server_0.log\).*b'<html>"):
+        generate(engine_over(StandInServers(server.url)))
+    assert server.requests <= MAX_TRIES
+
+
+def test_a_late_sample_is_sent_again_a_few_times_and_then_named(start, engine_over):
+    server = start(stand.hang)
+    servers = StandInServers(server.url)
+    with pytest.raises(TimeoutError, match=r"server 0 .*prompt p-17 within rollout.request_timeout=0 s"):
+        generate(engine_over(servers, request_timeout=0.2))
+    assert server.requests == MAX_LATE + 1
+    assert servers.restarts == [0] * MAX_LATE
+
+
+def test_a_dead_server_is_restarted_once_and_its_requests_are_sent_again(start, engine_over):
+    alive = start()
+    servers = StandInServers(closed_url())
+    servers.dead = {0}
+    servers.cures[0] = lambda: setattr(servers.servers[0], "url", alive.url)
+    engine = engine_over(servers)
+    assert [len(group) for group in generate(engine, n=2, groups=5)] == [2] * 5
     assert engine.restarts == 1
 
 
-@pytest.mark.parametrize("seen_dead", [True, False])
-def test_a_server_that_died_asleep_is_passed_over_for_the_update_to_restart(seen_dead, monkeypatch):
-    servers = FakeServers(closed_url())
-    engine = engine_over(servers, vllm={"enable_sleep_mode": True})
-    engine._asleep = True
-    servers.dead = {0} if seen_dead else set()
-    monkeypatch.setattr(engine, "_ends_soon", lambda index: True)
-    engine.wake_up()
-    assert not engine._asleep
-    assert engine.restarts == 0
-
-
-def test_a_living_server_that_cannot_be_woken_is_an_error(monkeypatch):
-    engine = engine_over(FakeServers(closed_url()))
-    engine._asleep = True
-    monkeypatch.setattr(engine, "_ends_soon", lambda index: False)
-    with pytest.raises(RuntimeError, match=r"server 0 broke the connection; it was to answer /wake_up"):
-        engine.wake_up()
-
-
-def test_a_server_that_keeps_dying_ends_the_run():
-    servers = FakeServers(closed_url())
+def test_a_server_that_stays_dead_is_given_up_while_another_serves(start, engine_over, caplog):
+    servers = StandInServers(closed_url(), start().url)
     servers.dead = {0}
-    with pytest.raises(RuntimeError, match=rf"died {MAX_DEATHS + 1} times in a row: server 0 ended"):
-        asyncio.run(engine_over(servers).generate(PROMPT, 1, PARAMS))
+    engine = engine_over(servers)
+    assert [len(group) for group in generate(engine, n=2, groups=6)] == [2] * 6
+    assert servers.restarts == [0] * MAX_RESTARTS
+    assert "given up, the run goes on with 1 other(s)" in caplog.text
+    assert len(generate(engine)) == 1  # nobody asks it any more
+    assert servers.restarts == [0] * MAX_RESTARTS
 
 
-def test_a_server_is_not_restarted_with_weights_that_are_gone():
-    servers = FakeServers(closed_url())
+def test_the_last_server_that_stays_dead_ends_the_run(engine_over):
+    servers = StandInServers(closed_url())
+    servers.dead = {0}
+    with pytest.raises(RuntimeError, match=rf"sick after {MAX_RESTARTS} restart.*ended with exit code 1"):
+        generate(engine_over(servers), n=2, groups=2)
+
+
+def test_a_server_is_not_restarted_with_weights_that_are_gone(engine_over):
+    servers = StandInServers(closed_url())
     servers.dead = {0}
     engine = engine_over(servers)
     engine._files = None
-    with pytest.raises(RuntimeError, match="the last update failed, so it has no weights"):
-        asyncio.run(engine.generate(PROMPT, 1, PARAMS))
+    with pytest.raises(RuntimeError, match="the last update failed, so there are no weights"):
+        generate(engine)
+    engine = engine_over(servers)
+    engine._files = [Path("/dev/shm/nemo_dapo_weights_x/version_1.safetensors")]
+    with pytest.raises(RuntimeError, match=r"is gone: something cleans that folder .*exclude nemo_dapo_weights_\*"):
+        generate(engine)
+    assert servers.restarts == []
+
+
+# -------------------------------------------------------------------- updates of sick servers
+
+WEIGHTS = [("w", torch.ones(2))]
+
+
+@pytest.mark.parametrize(
+    "sick",
+    [
+        stand.answer(b"EngineCore encountered an issue", 500),
+        stand.answer(b"oops", 500),
+        stand.hang,
+        stand.trickle,
+        stand.close_in_the_middle,
+    ],
+)
+@pytest.mark.parametrize("route", ["/pause", "/update_weights", "/weight_info"])
+def test_a_server_that_fails_at_an_update_is_restarted_and_gets_it_again(sick, route, start, engine_over, caplog):
+    server, other = start(), start()
+    server.sick_calls[route] = [sick]
+    servers = StandInServers(server.url, other.url)
+    engine = engine_over(servers, sync_timeout=1.0)
+    engine.update_weights(WEIGHTS, 5)
+    assert servers.restarts == [0]
+    assert (server.version, other.version) == ("5", "5")
+    assert "restarting vLLM server 0 (pid 0, server_0.log)" in caplog.text
+
+
+def test_weights_that_even_a_fresh_server_refuses_end_the_run_after_one_restart(start, engine_over):
+    server = start()
+    server.sick_calls["/update_weights"] = [stand.answer(b"size mismatch of w", 500)] * 9
+    servers = StandInServers(server.url)
+    with pytest.raises(RuntimeError, match=r"server 0 .*a fresh server refuses the weights: .*size mismatch of w"):
+        engine_over(servers).update_weights(WEIGHTS, 5)
+    assert servers.restarts == [0]
+
+
+def test_a_server_that_failed_at_waking_up_is_restarted_by_the_next_update(start, engine_over, caplog):
+    server = start()
+    server.sick_calls["/wake_up"] = [stand.answer(b"EngineCore encountered an issue", 500)]
+    servers = StandInServers(server.url)
+    engine = engine_over(servers, vllm={"enable_sleep_mode": True})
+    engine.sleep()
+    engine.wake_up()
+    assert servers.restarts == []
+    engine.update_weights(WEIGHTS, 1)
+    assert servers.restarts == [0]
+    assert server.version == "1"
+    assert "the next weight update restarts it" in caplog.text
+
+
+def test_an_answer_under_older_weights_than_the_request_s_is_not_trained_on(start, engine_over):
+    stale, current = start(stand.answer(stand.frames(version=6))), start(stand.answer(stand.frames(version=7)))
+    engine = engine_over(StandInServers(stale.url, current.url))
+    engine.update_weights(WEIGHTS, 7)
+    versions = {span.version for group in generate(engine, groups=4) for s in group for span in s.versions}
+    assert versions == {7}
+    assert stale.requests
+
+
+# -------------------------------------------------------------------- admission
 
 
 def test_requests_go_to_the_least_loaded_server_within_the_limit():
-    async def scenario():
-        slots = Slots(asyncio.get_running_loop(), num_servers=2, limit=8)
-        assert [await slots.take(4) for _ in range(4)] == [0, 1, 0, 1]
-        waiting = asyncio.create_task(slots.take(4))
+    async def scenario() -> None:
+        fleet = Fleet(2, 8, alive=lambda i: True, restart=lambda i, f: None, describe=str)
+        assert [(await fleet.take(4)).index for _ in range(4)] == [0, 1, 0, 1]
+        waiting = asyncio.create_task(fleet.take(4))
         await asyncio.sleep(0.01)
         assert not waiting.done()
-        slots.give(1, 4)
-        assert await asyncio.wait_for(waiting, 10) == 1
-        slots.give(0, 4)
-        slots.down.add(0)
-        slots.give(1, 4)
-        assert await slots.take(4) == 1  # the other one is being restarted
+        fleet.give(fleet.members[1], 4)
+        assert (await asyncio.wait_for(waiting, 10)).index == 1
+        fleet.give(fleet.members[0], 4)
+        fleet.members[0].is_down = True
+        fleet.give(fleet.members[1], 4)
+        assert (await fleet.take(4)).index == 1  # the other one is being restarted
 
     asyncio.run(scenario())
 
 
 def test_a_group_larger_than_the_limit_runs_alone():
-    async def scenario():
-        slots = Slots(asyncio.get_running_loop(), num_servers=1, limit=8)
-        assert await slots.take(16) == 0
+    async def scenario() -> None:
+        fleet = Fleet(1, 8, alive=lambda i: True, restart=lambda i, f: None, describe=str)
+        assert (await fleet.take(16)).index == 0
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(slots.take(1), 0.05)
-        assert slots.waiters == []
+            await asyncio.wait_for(fleet.take(1), 0.05)
+        assert fleet.waiters == []
 
     asyncio.run(scenario())
+
+
+def test_the_arrays_of_an_answer_are_the_wire_s_own(start):
+    async def scenario() -> client.Answer:
+        async with client.session({}) as http:
+            body = client.request_body(PROMPT, PARAMS, [1])
+            expected = client.Expected("p-17", 4, frozenset({1}))
+            return await client.sample(http, client.Server(start().url), body, expected, lambda: None)
+
+    answer = asyncio.run(scenario())
+    assert answer.token_ids.dtype == np.int32
+    assert answer.logprobs.dtype == np.float32

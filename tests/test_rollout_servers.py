@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
 
 from nemo_dapo.config import Precision, RolloutConfig
+from nemo_dapo.processes import kill_session, record_session
 from nemo_dapo.rollout import guardian
 from nemo_dapo.rollout.servers import (
     VLLMServers,
@@ -173,7 +178,7 @@ FAMILY = "sleep 987 & echo $! >> {out}; setsid sleep 987 & echo $! >> {out}; ech
 TRAINER = """
 import os, subprocess, sys, time
 guardian, scratch, out, script = sys.argv[1:]
-subprocess.Popen([sys.executable, "-I", "-S", guardian, str(os.getpid()), "1", scratch, "--", "sh", "-c", script],
+subprocess.Popen([sys.executable, "-I", "-S", guardian, str(os.getpid()), "1", "", scratch, "--", "sh", "-c", script],
                  stdin=subprocess.PIPE, start_new_session=True)
 if os.fork() == 0:
     open(out, "a").close()
@@ -204,10 +209,89 @@ def test_a_guardian_that_is_killed_takes_the_server_along(tmp_path):
     servers = servers_on(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 987")
     servers._spawn(servers.servers[0])
     try:
-        assert wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip() != "")
-        process = servers.servers[0].process
-        assert process is not None
-        process.kill()
+        kill_guardian(servers, tmp_path / "pid", 1)
         assert wait_until(lambda: not alive(int((tmp_path / "pid").read_text())))
     finally:
         servers.close()
+
+
+def kill_guardian(servers: VLLMServers, pids: Path, count: int) -> None:
+    """SIGKILL to the guardian once `count` processes have written their ids to `pids`."""
+    assert wait_until(lambda: pids.exists() and len(pids.read_text().split()) == count)
+    process = servers.servers[0].process
+    assert process is not None
+    process.kill()
+    process.wait()
+
+
+# A server with a child in its session, as vLLM's engine process is, which outlives the server's own death.
+WITH_ENGINE = "sleep 987 & echo $! >> {pids}; echo $$ >> {pids}; wait"
+
+
+@pytest.mark.parametrize("by_whom", ["the restart or the end", "the next run"])
+def test_what_a_killed_guardian_leaves_is_ended_by(by_whom, tmp_path):
+    pids = tmp_path / "pids"
+    servers = servers_on(tmp_path, WITH_ENGINE.format(pids=pids))
+    servers._spawn(servers.servers[0])
+    kill_guardian(servers, pids, 2)
+    engine = int(pids.read_text().split()[0])
+    assert alive(engine)  # else there is nothing to test
+    if by_whom == "the next run":
+        servers_on(tmp_path, "exit 0")
+    else:
+        servers.close()
+    assert wait_until(lambda: not alive(engine))
+
+
+def test_a_session_of_a_stranger_is_left_alone(tmp_path):
+    stranger = subprocess.Popen(["sleep", "987"], start_new_session=True)
+    try:
+        record = tmp_path / "server_0.session"
+        record_session(str(record), stranger.pid)
+        said = json.loads(record.read_text())
+        for changes in ({"started": said["started"] - 1}, {"boot": "another"}, {"session": 2**22 + 1}):
+            record.write_text(json.dumps(said | changes))
+            assert kill_session(str(record)) == []
+        record.write_text("")
+        assert kill_session(str(record)) == []
+        assert stranger.poll() is None
+        record.write_text(json.dumps(said))
+        assert kill_session(str(record)) == [stranger.pid]
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_closing_from_another_thread_ends_the_wait_for_the_start(tmp_path):
+    servers = servers_on(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 987")
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(servers.start)
+        assert wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip() != "")
+        servers.close()
+        with pytest.raises(RuntimeError, match="was not ready yet when the run ended"):
+            starting.result(END_SECONDS)
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+class Impostor(BaseHTTPRequestHandler):
+    """Whoever took the port first: it answers /health, and keeps what it is sent."""
+
+    def do_GET(self) -> None:
+        self.server.heard.append((self.path, dict(self.headers)))  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"ok")
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_whoever_takes_the_port_first_gets_no_key_and_is_not_believed(tmp_path):
+    servers = servers_on(tmp_path, "exec sleep 987", start_timeout=3.0)
+    with HTTPServer(("127.0.0.1", servers.servers[0].port), Impostor) as impostor:
+        impostor.heard = []  # type: ignore[attr-defined]
+        threading.Thread(target=impostor.serve_forever, daemon=True).start()
+        with pytest.raises(TimeoutError):
+            servers.start()
+        impostor.shutdown()
+    assert impostor.heard  # type: ignore[attr-defined]
+    assert servers.api_key not in str(impostor.heard)  # type: ignore[attr-defined]

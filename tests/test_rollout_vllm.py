@@ -17,11 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nemo_dapo.rollout import wire
 from nemo_dapo.rollout.engine import VLLMEngine
 from nemo_dapo.types import Prompt, Sample, SamplingParams
 from tests.conftest import TINY_VLLM, tiny_engine
@@ -73,8 +75,7 @@ def push(engine: VLLMEngine, model: PreTrainedModel) -> int:
 
 def metric(engine: VLLMEngine, name: str) -> float:
     """Value of one of the server's metrics."""
-    with engine.servers.http(0, 30.0) as http:
-        text = http.get("/metrics").text
+    text = httpx.get(engine.servers.servers[0].url + "/metrics", timeout=30.0, trust_env=False).text
     return sum(float(value) for value in re.findall(rf"^vllm:{name}{{.*}} (\S+)$", text, re.MULTILINE))
 
 
@@ -171,11 +172,46 @@ def test_a_cancelled_request_stops_on_the_server(vllm_engine):
     assert metric(vllm_engine, "generation_tokens_total") - before < 0.5 * whole
 
 
-@pytest.mark.parametrize("route", ["/weight_info", "/inference/v1/generate", "/update_weights", "/collective_rpc"])
+@pytest.mark.parametrize(
+    "route", ["/weight_info", "/inference/v1/generate", "/update_weights", "/collective_rpc", wire.ROUTE]
+)
 def test_every_route_that_matters_needs_the_key(vllm_engine, route):
     url = vllm_engine.servers.servers[0].url
     for headers in ({}, {"Authorization": "Bearer wrong"}):
         assert httpx.request("POST", url + route, headers=headers, trust_env=False).status_code == 401
+
+
+def test_our_route_gives_the_ids_and_log_probabilities_of_vllm_s_own_bit_for_bit_at_eight_bytes_a_token(vllm_engine):
+    url, headers = vllm_engine.servers.servers[0].url, vllm_engine.servers.headers
+    params = {"temperature": 0.0, "max_tokens": 384, "ignore_eos": True, "logprobs": 0}
+    body = {"token_ids": PROMPT.token_ids, "sampling_params": params}
+    with httpx.Client(base_url=url, headers=headers, timeout=300, trust_env=False) as http:
+        (plain,) = http.post("/inference/v1/generate", json=body).json()["choices"]
+        raw = http.post(wire.ROUTE, json=body).content
+    reader = wire.FrameReader(384)
+    frames = list(reader.feed(raw))
+    reader.close()
+    assert np.concatenate([f.token_ids for f in frames]).tolist() == plain["token_ids"]
+    theirs = np.array([entry["logprob"] for entry in plain["logprobs"]["content"]], np.float32)
+    assert np.array_equal(np.concatenate([f.logprobs for f in frames]), theirs)
+    assert len(raw) < 9 * 384
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_ids": [1] * 9999},
+        {"token_ids": []},
+        {"token_ids": [10**6]},
+        {"token_ids": ["x"]},
+        {"sampling_params": None},
+    ],
+)
+def test_a_request_that_the_engine_could_not_serve_is_refused_and_the_server_lives(changes, vllm_engine):
+    url, headers = vllm_engine.servers.servers[0].url, vllm_engine.servers.headers
+    body = {"token_ids": [5], "sampling_params": {"max_tokens": 2}} | changes
+    assert httpx.post(url + wire.ROUTE, json=body, headers=headers, timeout=60, trust_env=False).status_code == 400
+    assert sample(vllm_engine, n=1)
 
 
 def engine_process(engine: VLLMEngine) -> psutil.Process:
@@ -191,8 +227,8 @@ def test_a_killed_server_is_restarted_with_the_newest_weights_and_its_requests_s
     restarts = vllm_engine.restarts
 
     async def scenario() -> list[list[Sample]]:
-        params = SamplingParams(max_tokens=256)
-        tasks = [asyncio.create_task(vllm_engine.generate(PROMPT, 16, params)) for _ in range(4)]
+        params = SamplingParams(max_tokens=384)  # seconds of work
+        tasks = [asyncio.create_task(vllm_engine.generate(PROMPT, 60, params)) for _ in range(4)]
         running = lambda: metric(vllm_engine, "num_requests_running") > 0  # noqa: E731
         assert await asyncio.to_thread(wait_until, running)
         engine_process(vllm_engine).kill()
@@ -200,7 +236,7 @@ def test_a_killed_server_is_restarted_with_the_newest_weights_and_its_requests_s
 
     groups = asyncio.run(scenario())
     assert vllm_engine.restarts == restarts + 1
-    assert [len(group) for group in groups] == [16] * 4
+    assert [len(group) for group in groups] == [60] * 4
     everything = [s for group in groups for s in group]
     assert {span.version for s in everything for span in s.versions} == {version}
     assert gap(model, everything) < LOGPROB_TOLERANCE

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -42,13 +44,13 @@ def store():
 def test_every_parameter_must_be_sent_exactly_once_or_nothing_is_kept(store, stream, message):
     with pytest.raises(ValueError, match=message):
         store.write(stream, 1)
-    assert list(store.folder.iterdir()) == []
+    assert list(store.folder.glob("*.safetensors")) == []
 
 
 def test_the_files_hold_the_weights_bit_for_bit_and_only_the_newest(store):
     store.write([("a", torch.zeros(2, 3)), ("b", WEIGHTS["b"])], 1)
     files = store.write(WEIGHTS.items(), 2)
-    assert sorted(files) == sorted(store.folder.iterdir())
+    assert sorted(files) == sorted(store.folder.glob("*.safetensors"))
     read = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert read.keys() == WEIGHTS.keys()
     for name, tensor in WEIGHTS.items():
@@ -63,7 +65,7 @@ def test_files_go_when_the_export_fails_and_when_the_store_closes(store):
 
     with pytest.raises(RuntimeError, match="export"):
         store.write(failing(), 1)
-    assert list(store.folder.iterdir()) == []
+    assert list(store.folder.glob("*.safetensors")) == []
     store.write(WEIGHTS.items(), 2)
     store.close()
     assert not store.folder.exists()
@@ -86,20 +88,25 @@ def test_a_full_or_absent_shared_memory_falls_back_and_says_so(monkeypatch, tmp_
     assert "does not exist" in caplog.text
 
 
-def server_with(routes: dict[str, httpx.Response], calls: list[str]) -> httpx.Client:
+def server_with(routes: dict[str, httpx.Response], calls: list[str]) -> httpx.AsyncClient:
     """A server that answers 200 but for `routes`, and records the calls."""
 
     def answer(request: httpx.Request) -> httpx.Response:
         calls.append(request.url.path)
         default = httpx.Response(200, json={"weight_version": "4"})
-        return routes.get(request.url.path, default)
+        said = routes.get(request.url.path, default)
+        return httpx.Response(said.status_code, stream=httpx.ByteStream(said.content))  # unread, as from a socket
 
-    return httpx.Client(transport=httpx.MockTransport(answer), base_url="http://server")
+    return httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://server")
+
+
+def push(client: httpx.AsyncClient, files: list[Path], version: int, deadline: float) -> None:
+    asyncio.run(push_weights(client, files, version, deadline))
 
 
 def test_an_update_pauses_first_reads_the_version_back_and_resumes_last():
     calls: list[str] = []
-    push_weights(server_with({}, calls), [Path("x")], 4, time.monotonic() + 10)
+    push(server_with({}, calls), [Path("x")], 4, time.monotonic() + 10)
     assert calls[:3] == ["/pause", "/start_weight_update", "/update_weights"]
     assert calls.index("/finish_weight_update") < calls.index("/reset_prefix_cache") < calls.index("/weight_info")
     assert calls[-1] == "/resume"
@@ -107,14 +114,14 @@ def test_an_update_pauses_first_reads_the_version_back_and_resumes_last():
 
 def test_a_server_with_another_version_after_the_update_is_an_error():
     with pytest.raises(RuntimeError, match=r"has weights .*4.* after the update, not 5"):
-        push_weights(server_with({}, []), [Path("x")], 5, time.monotonic() + 10)
+        push(server_with({}, []), [Path("x")], 5, time.monotonic() + 10)
 
 
 def test_a_server_that_refuses_the_weights_is_an_error_and_is_not_resumed():
     calls: list[str] = []
     client = server_with({"/update_weights": httpx.Response(500, text="size mismatch")}, calls)
     with pytest.raises(RuntimeError, match=r"/update_weights of http://server.* failed: HTTP 500 size mismatch"):
-        push_weights(client, [Path("x")], 4, time.monotonic() + 10)
+        push(client, [Path("x")], 4, time.monotonic() + 10)
     assert "/resume" not in calls
 
 
@@ -122,14 +129,14 @@ def test_a_server_too_old_for_sessions_and_versions_is_updated_without_them():
     absent = httpx.Response(404)
     old = dict.fromkeys(("/start_weight_update", "/finish_weight_update", "/update_weight_version"), absent)
     calls: list[str] = []
-    push_weights(server_with(old, calls), [Path("x")], 5, time.monotonic() + 10)
+    push(server_with(old, calls), [Path("x")], 5, time.monotonic() + 10)
     assert "/update_weights" in calls
     assert calls[-1] == "/resume"
 
 
 def test_an_update_past_its_deadline_stops():
     with pytest.raises(TimeoutError, match=r"no time left for /pause .*rollout.sync_timeout"):
-        push_weights(server_with({}, []), [Path("x")], 4, time.monotonic() - 1)
+        push(server_with({}, []), [Path("x")], 4, time.monotonic() - 1)
 
 
 @pytest.mark.slow
@@ -140,3 +147,37 @@ def test_the_trainers_side_imports_without_vllm():
         "assert not [name for name in sys.modules if name.startswith('vllm.')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from nemo_dapo.hf_folder import ExpectedWeights
+from nemo_dapo.rollout import weight_sync
+weight_sync.SHARED_MEMORY = Path(sys.argv[1])
+store = weight_sync.WeightStore(ExpectedWeights({"w": (2,)}), 4)
+print(store.folder, flush=True)
+time.sleep(987)
+"""
+
+
+def test_what_a_run_that_was_killed_left_in_memory_is_removed_by_the_next_and_a_living_run_s_is_not(
+    tmp_path, monkeypatch
+):
+    owners = [
+        subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        left, used = (Path(owner.stdout.readline().strip()) for owner in owners)  # type: ignore[union-attr]
+        owners[0].send_signal(signal.SIGKILL)
+        owners[0].wait()
+        monkeypatch.setattr(weight_sync, "SHARED_MEMORY", tmp_path)
+        store = WeightStore(EXPECTED, 4)
+        assert not left.exists()
+        assert used.exists()
+        store.close()
+    finally:
+        for owner in owners:
+            owner.kill()
+            owner.wait()

@@ -98,7 +98,9 @@ class RolloutConfig:
     max_response_length: int = number(20480, at_least=1)  # tokens; longer responses are cut
     max_concurrent_sequences: int = number(1024, at_least=1)  # in flight on one server
     start_timeout: float = number(900.0, above=0, at_most=A_YEAR)  # seconds until a server must be healthy
-    request_timeout: float = number(3600.0, above=0, at_most=A_YEAR)  # seconds for one group of samples
+    request_timeout: float = number(3600.0, above=0, at_most=A_YEAR)  # seconds for one sample
+    # seconds in which nothing comes of a server's open requests, after which it is restarted
+    progress_timeout: float = number(300.0, above=0, at_most=A_YEAR)
     sync_timeout: float = number(600.0, above=0, at_most=A_YEAR)  # seconds for one weight update
     max_logprob_gap: float = number(0.05, above=0)  # mean |trainer - vLLM|; a larger one at step 0 refuses to train
     replay: str = (

@@ -1,39 +1,62 @@
-"""One request to a vLLM server: token ids in, samples with log-probabilities and weight versions out.
+"""One request to one vLLM server: token ids in, one sample with log-probabilities and weight versions out.
 
-The route is `POST /inference/v1/generate` (vLLM's `--tokens-only`). Every request has a connection of its own: nothing
-outlives the event loop it was made in, and closing it (cancellation, deadline) makes the server drop the request.
+Two routes. Ours (`wire.ROUTE`) streams eight bytes a token; vLLM's own (`POST /inference/v1/generate` of `--tokens-only`)
+answers 140 bytes of JSON a token and serves where our plugin is not loaded. Cancelling a request closes its connection,
+upon which the server drops it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
+import numpy as np
 
-from nemo_dapo.types import Prompt, Sample, SamplingParams, VersionSpan
+from nemo_dapo.rollout import answers, wire
+from nemo_dapo.rollout.answers import Answer, Expected, UnusableAnswerError
+from nemo_dapo.telemetry.escape import printable
+from nemo_dapo.types import Prompt, SamplingParams, VersionSpan
 
-GENERATE_ROUTE = "/inference/v1/generate"
+JSON_ROUTE = "/inference/v1/generate"
 CONNECT_SECONDS = 10.0
-# vLLM sends this floor in place of NaN and -inf, which JSON cannot carry.
-NOT_A_LOGPROB = -9998.0
+KEEP_ALIVE_SECONDS = 2.0  # below uvicorn's 5: a connection that the server is about to close is not used again
+JSON_BYTES_PER_TOKEN = 1024  # seven times what vLLM sends
+MAX_REFUSAL_BYTES = 1 << 16
 
 
 class ServerUnavailableError(ConnectionError):
     """The server did not answer, or answered that it cannot serve: worth another attempt, here or elsewhere."""
 
 
-@dataclass(frozen=True)
-class Reader:
-    """What turns a response into samples: the tokenizer, and the weight version to assume where the server reports none
-    (vLLM before weight versions; None = a response without versions is an error)."""
+class RefusedRequestError(RuntimeError):
+    """The server refused the request itself: it would be refused again, anywhere."""
 
-    tokenizer: Any
-    assumed_version: int | None = None
+
+@dataclass(frozen=True)
+class Server:
+    """How one server is asked. One that reports no weight versions (vLLM 0.20) is believed to have the newest."""
+
+    url: str
+    has_frames: bool = True
+    reports_versions: bool = True
+
+
+def session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
+    """The one connection pool of a run; made, used and closed in one event loop. Proxy variables do not apply."""
+    return aiohttp.ClientSession(
+        headers=dict(headers),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+        auto_decompress=False,  # a small body must not become a large one
+        trust_env=False,
+        read_bufsize=1 << 18,
+    )
 
 
 def stop_tokens(model_path: Path, tokenizer: Any) -> list[int]:
@@ -46,86 +69,114 @@ def stop_tokens(model_path: Path, tokenizer: Any) -> list[int]:
     return sorted(ids)
 
 
-def request_body(prompt: Prompt, n: int, params: SamplingParams, stop_token_ids: Sequence[int]) -> dict[str, Any]:
-    """The JSON of one request. No seed: a seeded request kills vLLM's CPU engine when its prefill is chunked."""
-    return {
+def request_body(
+    prompt: Prompt, params: SamplingParams, stop_token_ids: list[int], priority: int | None = None
+) -> dict[str, Any]:
+    """The JSON of a request for one sample; a lower `priority` is served first, None leaves it out.
+
+    No seed: a seeded request kills vLLM's CPU engine when its prefill is chunked.
+    """
+    body: dict[str, Any] = {
         "token_ids": list(prompt.token_ids),
         "sampling_params": {
-            "n": n,
+            "n": 1,
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_k": params.top_k,
             "max_tokens": params.max_tokens,
             "logprobs": 0,  # of the sampled token alone
-            "stop_token_ids": list(stop_token_ids),
+            "stop_token_ids": stop_token_ids,
         },
     }
+    return body if priority is None else body | {"priority": priority}
 
 
-async def generate(
-    url: str, headers: Mapping[str, str], prompt: Prompt, body: dict[str, Any], reader: Reader, timeout: float
-) -> list[Sample]:
-    """Send one request and return its `n` samples.
+async def sample(
+    http: aiohttp.ClientSession,
+    server: Server,
+    body: dict[str, Any],
+    expected: Expected,
+    on_progress: Callable[[], None],
+) -> Answer:
+    """Send one request and read its answer, which may still be wrong (`answers.check`).
 
-    Raises ServerUnavailableError when the server is gone or busy, RuntimeError when it refuses the request or answers
-    with something that cannot be trained on. The time limit `timeout` [s] is for silence of the server.
+    `on_progress` is called for each piece of the answer that is worth something. Raises ServerUnavailableError when the
+    server is gone or busy, RefusedRequestError when it refuses the request, UnusableAnswerError for what is no answer.
     """
-    limits = httpx.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout))
-    # trust_env: proxy variables are not for servers of our own. verify: the scheme is http, no certificates to load.
-    async with httpx.AsyncClient(headers=dict(headers), timeout=limits, trust_env=False, verify=False) as client:
-        try:
-            response = await client.post(url + GENERATE_ROUTE, json=body)
-        except httpx.TransportError as problem:
-            raise ServerUnavailableError(f"{url}: {type(problem).__name__} {problem}".strip()) from problem
-    # An API server whose engine process died answers 500 with this word until it ends itself a moment later.
-    engine_died = response.status_code == 500 and "EngineCore" in response.text
-    if engine_died or response.status_code in (429, 502, 503, 504):
-        raise ServerUnavailableError(f"{url}: HTTP {response.status_code} {response.text[:300]}")
-    if response.status_code != 200:
-        raise RuntimeError(
-            f"vLLM at {url} refused prompt {prompt.uid} ({len(prompt.token_ids)} tokens, {body['sampling_params']}): "
-            f"HTTP {response.status_code} {response.text[:500]}"
-        )
-    return read_samples(response.json(), prompt, body["sampling_params"]["n"], reader)
+    route = wire.ROUTE if server.has_frames else JSON_ROUTE
+    try:
+        async with http.post(server.url + route, json=body, headers={"Accept-Encoding": "identity"}) as response:
+            await _check_status(response, expected.uid)
+            if server.has_frames:
+                return await _read_frames(response, server, expected, on_progress)
+            limit = MAX_REFUSAL_BYTES + JSON_BYTES_PER_TOKEN * expected.max_tokens
+            raw = await _read(response, limit)
+    except (aiohttp.ClientError, asyncio.TimeoutError) as problem:
+        raise ServerUnavailableError(f"{type(problem).__name__} {problem}".strip()) from problem
+    return _read_json(raw, expected, None if server.reports_versions else expected.oldest_version)
 
 
-def read_samples(answer: Mapping[str, Any], prompt: Prompt, n: int, reader: Reader) -> list[Sample]:
-    """The samples of a response, in the order of their index; RuntimeError where it is not what was asked for."""
-    choices = sorted(answer.get("choices") or [], key=lambda choice: choice["index"])
-    if len(choices) != n:
-        raise RuntimeError(f"vLLM returned {len(choices)} samples of prompt {prompt.uid}, expected {n}")
-    return [read_sample(choice, prompt, reader) for choice in choices]
-
-
-def read_sample(choice: Mapping[str, Any], prompt: Prompt, reader: Reader) -> Sample:
-    """One sample: as many finite log-probabilities as tokens, and weight versions that cover all of them."""
-    where = f"sample {choice['index']} of prompt {prompt.uid}"
-    token_ids = tuple(choice.get("token_ids") or ())
-    content = (choice.get("logprobs") or {}).get("content") or []
-    logprobs = tuple(math.nan if entry["logprob"] is None else float(entry["logprob"]) for entry in content)
-    if len(logprobs) != len(token_ids):
-        raise RuntimeError(f"vLLM returned {len(logprobs)} log-probabilities for {len(token_ids)} tokens in {where}")
-    for position, value in enumerate(logprobs):
-        if not math.isfinite(value) or value <= NOT_A_LOGPROB:
-            raise RuntimeError(
-                f"vLLM returned log-probability {value} for token {token_ids[position]} at position {position} in "
-                f"{where} (it sends -9999 for NaN and -inf): check the weights of the last update for NaN"
-            )
-    return Sample(
-        token_ids=token_ids,
-        logprobs=logprobs,
-        text=reader.tokenizer.decode(token_ids, skip_special_tokens=True),
-        finish_reason=choice.get("finish_reason") or "abort",
-        versions=read_versions(choice.get("weight_versions"), len(token_ids), where, reader.assumed_version),
+async def _check_status(response: aiohttp.ClientResponse, uid: str) -> None:
+    if response.status == 200:
+        return
+    said = (
+        f"HTTP {response.status} {printable((await _read(response, MAX_REFUSAL_BYTES)).decode(errors='replace'), 300)}"
     )
+    if response.status == 429 or response.status >= 500:  # an API server whose engine process died answers 500
+        raise ServerUnavailableError(said)
+    raise RefusedRequestError(f"vLLM refused prompt {uid}: {said}")
 
 
-def read_versions(spans: Any, length: int, where: str, assumed: int | None) -> tuple[VersionSpan, ...]:
-    """Weight versions of `length` tokens as adjoining spans from 0 to `length`."""
-    if not spans and assumed is not None:
-        return (VersionSpan(assumed, 0, length),)
-    versions = tuple(VersionSpan(int(span["version"]), span["start"], span["end"]) for span in spans or [])
-    edges = [0, *(span.end for span in versions)]
-    if edges[-1] != length or [span.start for span in versions] != edges[:-1]:
-        raise RuntimeError(f"vLLM reported weight versions {spans} for the {length} tokens of {where}: not all covered")
-    return versions
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    body = bytearray()
+    async for piece in response.content.iter_any():
+        body += piece
+        if len(body) > limit:
+            raise UnusableAnswerError(f"the answer is longer than {limit} bytes")
+    return bytes(body)
+
+
+async def _read_frames(
+    response: aiohttp.ClientResponse, server: Server, expected: Expected, on_progress: Callable[[], None]
+) -> Answer:
+    reader = wire.FrameReader(expected.max_tokens)
+    frames: list[wire.Frame] = []
+    try:
+        async for piece in response.content.iter_any():
+            before = len(frames)
+            frames += reader.feed(piece)
+            if len(frames) > before:
+                on_progress()
+        reader.close()
+    except wire.WireError as error:
+        raise UnusableAnswerError(f"sample of prompt {expected.uid}: {error}") from error
+    answer = _join(frames, expected.uid)
+    if answer.versions or server.reports_versions:
+        return answer
+    return dataclasses.replace(answer, versions=(VersionSpan(expected.oldest_version, 0, len(answer.token_ids)),))
+
+
+def _join(frames: list[wire.Frame], uid: str) -> Answer:
+    last = frames[-1]
+    if last.kind == wire.FAILED:
+        said = printable(last.extra.decode(errors="replace"), 300)
+        if said.startswith("refused"):
+            raise RefusedRequestError(f"vLLM refused prompt {uid}: {said}")
+        raise ServerUnavailableError(said)
+    try:
+        final = last.final
+        versions = tuple(VersionSpan(*(int(edge) for edge in span)) for span in final["versions"])
+        reason = str(final["finish_reason"])
+    except (wire.WireError, KeyError, TypeError, ValueError) as error:
+        raise UnusableAnswerError(f"sample of prompt {uid}: {type(error).__name__}: {error}") from error
+    ids = np.concatenate([frame.token_ids for frame in frames])
+    return Answer(ids, np.concatenate([frame.logprobs for frame in frames]), reason, versions)
+
+
+def _read_json(raw: bytes, expected: Expected, assumed_version: int | None) -> Answer:
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        said = printable(raw[:100].decode(errors="replace"), 100)
+        raise UnusableAnswerError(f"sample of prompt {expected.uid}: no JSON: {said}") from error
+    return answers.from_json(body, expected, assumed_version)

@@ -1,82 +1,62 @@
 """`VLLMEngine`: the rollout engine that the trainer sees, over one or more vLLM servers.
 
-A server that dies is no end of a run: it is started anew with the newest weights, which the weight store kept, and the
-requests it had are sent again. A request that is cancelled closes its connection, upon which the server drops it.
+Each of a group's samples is a request of its own, sent to the same server for its prefix cache; one that fails is asked for
+again alone, elsewhere where there is an elsewhere. A server that is sick is no end of a run: it is started anew with the
+newest weights, which the weight store kept (`fleet`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import json
 import logging
-import threading
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+import aiohttp
 import httpx
 from torch import Tensor
 
 from nemo_dapo.config import Precision, RolloutConfig
 from nemo_dapo.hf_folder import expected_weights
-from nemo_dapo.rollout import client, weight_sync
+from nemo_dapo.rollout import answers, client, control, weight_sync, wire
+from nemo_dapo.rollout.answers import UnusableAnswerError
+from nemo_dapo.rollout.client import ServerUnavailableError
+from nemo_dapo.rollout.fleet import Fleet, HopelessError, LostServerError, Member
+from nemo_dapo.rollout.loop import LoopThread, all_or_none
 from nemo_dapo.rollout.servers import VLLMServers
 from nemo_dapo.types import Prompt, Sample, SamplingParams
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 INITIAL_VERSION = 0  # of the weights in the model's folder, until the first update
-MAX_DEATHS = 3  # of one server in a row, without a sample in between
+MAX_TRIES = 8  # of one sample that servers answer with something unusable
+MAX_LATE = 2  # times that one sample may be late
 FIRST_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 10.0
+METRICS_SECONDS = 4.0  # for a server to answer /metrics; one that does not has made no progress that we know of
 BYTES_PER_ELEMENT = {Precision.bf16: 2, Precision.fp32: 4}
 
+ServerCall = Callable[[httpx.AsyncClient, float], Awaitable[Any]]
 
-class Slots:
-    """Who has how many sequences in flight, within one event loop.
 
-    `take` waits until some server has room for `n` more and picks the least loaded one; servers in `down`, which are
-    being restarted, come last. A request larger than the limit runs alone.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, num_servers: int, limit: int) -> None:
-        self.loop = loop
-        self.limit = limit
-        self.load = [0] * num_servers
-        self.down: set[int] = set()
-        self.repair = [asyncio.Lock() for _ in range(num_servers)]
-        self.waiters: list[asyncio.Future[None]] = []
-
-    async def take(self, n: int) -> int:
-        while (index := self._pick(n)) is None:
-            waiter = self.loop.create_future()
-            self.waiters.append(waiter)
-            try:
-                await waiter
-            finally:
-                self.waiters.remove(waiter)
-        self.load[index] += n
-        return index
-
-    def give(self, index: int, n: int) -> None:
-        """Not a coroutine: a request that is being cancelled must give its slots back without waiting for anything."""
-        self.load[index] -= n
-        for waiter in self.waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    def _pick(self, n: int) -> int | None:
-        room = [i for i, load in enumerate(self.load) if load == 0 or load + n <= self.limit]
-        return min(room, key=lambda i: (i in self.down, self.load[i]), default=None)
+class LateError(Exception):
+    """A sample took longer than rollout.request_timeout."""
 
 
 class VLLMEngine:
     """Implements `nemo_dapo.interfaces.RolloutEngine`; build it with `VLLMEngine.start` and close it.
 
-    `generate` may be awaited many times at once, in one event loop at a time (a new one each step is fine).
-    `update_weights`, `sleep` and `wake_up` are called between the loops.
+    `generate` may be awaited many times at once, from any event loop: requests live in a loop of the engine's own.
+    `update_weights`, `sleep` and `wake_up` block.
     """
 
     def __init__(
@@ -86,12 +66,14 @@ class VLLMEngine:
         store: weight_sync.WeightStore,
         tokenizer: Any,
         stop_token_ids: list[int],
+        vocab_size: int = 0,
     ) -> None:
         self.config = config
         self.servers = servers
         self.store = store
         self.tokenizer = tokenizer
         self.stop_token_ids = stop_token_ids
+        self.vocab_size = vocab_size
         self.max_model_len = int(
             config.vllm.get("max_model_len") or config.max_prompt_length + config.max_response_length
         )
@@ -99,10 +81,27 @@ class VLLMEngine:
         self._version = INITIAL_VERSION
         self._asleep = False
         self._files: list[Path] | None = []  # of the newest weights; none before the first update, None if it failed
-        self._reports_versions = True
-        self._deaths = [0] * len(servers)
-        self._repairing = [threading.Lock() for _ in range(len(servers))]
-        self._slots: Slots | None = None
+        self._asked = [client.Server(server.url) for server in servers.servers]
+        self._unwell: dict[
+            int, str
+        ] = {}  # servers that failed at falling asleep or waking up: the next update restarts them
+        self._paused: list[str] = []  # while it holds something, servers generate nothing by our own doing
+        self._submissions = itertools.count()
+        self._by_priority = config.vllm.get("scheduling_policy", "priority") == "priority"
+        self._loop = LoopThread("rollout")
+        self._fleet, self._http = self._loop.submit(self._open()).result()
+
+    async def _open(self) -> tuple[Fleet, aiohttp.ClientSession]:
+        fleet = Fleet(
+            len(self.servers),
+            self.config.max_concurrent_sequences,
+            alive=self.servers.alive,
+            restart=self._restart,
+            describe=self.servers.describe,
+        )
+        watching = fleet.watch(self._tokens_generated, self.config.progress_timeout, self._paused)
+        self._watch = asyncio.ensure_future(watching)
+        return fleet, client.session(self.servers.headers)
 
     @classmethod
     def start(
@@ -118,34 +117,56 @@ class VLLMEngine:
         `run_dir`/servers. Servers of one run differ in their seeds; resume with another `seed`, or the samples of the
         first steps come again. Raises ValueError for bad options, RuntimeError for a server that does not start.
         """
-        stop_token_ids = client.stop_tokens(model_path, tokenizer)
-        if not stop_token_ids:
-            raise ValueError(f"{model_path} names no end-of-sequence token; set eos_token in its tokenizer or config")
-        store = weight_sync.WeightStore(expected_weights(model_path), BYTES_PER_ELEMENT[precision])
+        engine = cls.prepare(config, model_path, precision, run_dir, tokenizer, seed)
         try:
-            servers = VLLMServers(config, model_path, precision, run_dir, seed, scratch=str(store.folder))
-            engine = cls(config, servers, store, tokenizer, stop_token_ids)
-            servers.start()
-        except BaseException:
-            store.close()
-            raise
-        try:
-            engine._each_server(engine._prepare)
+            engine.start_servers()
         except BaseException:
             engine.close()
             raise
         return engine
+
+    @classmethod
+    def prepare(
+        cls,
+        config: RolloutConfig,
+        model_path: Path,
+        precision: Precision,
+        run_dir: Path,
+        tokenizer: Any,
+        seed: int,
+    ) -> VLLMEngine:
+        """As `start`, without starting the servers yet: what is made here can be closed while they start."""
+        stop_token_ids = client.stop_tokens(model_path, tokenizer)
+        if not stop_token_ids:
+            raise ValueError(f"{model_path} names no end-of-sequence token; set eos_token in its tokenizer or config")
+        vocab_size = int(json.loads((model_path / "config.json").read_text()).get("vocab_size") or 0)
+        store = weight_sync.WeightStore(expected_weights(model_path), BYTES_PER_ELEMENT[precision])
+        try:
+            servers = VLLMServers(config, model_path, precision, run_dir, seed, scratch=str(store.folder))
+            return cls(config, servers, store, tokenizer, stop_token_ids, vocab_size)
+        except BaseException:
+            store.close()
+            raise
+
+    def start_servers(self) -> None:
+        """Start every server and agree with it on routes and versions; `close` from another thread ends the wait."""
+        self.servers.start()
+        with ThreadPoolExecutor(max_workers=len(self.servers)) as pool:
+            for done in [pool.submit(self._prepare, index) for index in range(len(self.servers))]:
+                done.result()
 
     @property
     def version(self) -> int:
         """Version of the newest weights; 0, those of the model's folder, before the first update."""
         return self._version
 
-    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
-        """`n` samples of one prompt from the least-loaded server.
+    # ---------------------------------------------------------------- samples
 
-        Raises ValueError for a prompt that cannot fit, TimeoutError after `rollout.request_timeout` seconds in a
-        server, RuntimeError for an answer that cannot be used or a server that keeps dying.
+    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+        """`n` samples of one prompt, from one server where it serves them all.
+
+        Raises ValueError for a prompt that cannot fit, RuntimeError for a request that is refused, for answers that stay
+        unusable or servers that stay sick, TimeoutError for a sample that is late again and again.
         """
         needed = len(prompt.token_ids) + params.max_tokens
         if needed > self.max_model_len:
@@ -153,53 +174,215 @@ class VLLMEngine:
                 f"prompt {prompt.uid} has {len(prompt.token_ids)} tokens, with max_tokens={params.max_tokens} that is "
                 f"{needed}, but the servers hold {self.max_model_len}: shorten it, or raise rollout.vllm.max_model_len"
             )
-        slots = self._slots_of_this_loop()
-        body = client.request_body(prompt, n, params, self.stop_token_ids)
-        deadline = None
-        backoff = FIRST_BACKOFF_SECONDS
-        while True:
-            index = await slots.take(n)
-            # The clock starts when there is room: a long queue of prompts is no fault of a server.
-            deadline = deadline or time.monotonic() + self.config.request_timeout
+        # Earlier groups first: a server short of memory preempts the newest.
+        priority = next(self._submissions) if self._by_priority else None
+        body = client.request_body(prompt, params, self.stop_token_ids, priority)
+        return await asyncio.wrap_future(self._loop.submit(self._group(prompt, n, body)))
+
+    async def _group(self, prompt: Prompt, n: int, body: dict[str, Any]) -> list[Sample]:
+        member = await self._fleet.take(n)
+        return await all_or_none([self._sample(prompt, body, member) for _ in range(n)])
+
+    async def _sample(self, prompt: Prompt, body: dict[str, Any], member: Member) -> Sample:
+        """One sample, by as many tries as it takes within their bounds; one place on `member` is already taken."""
+        tries = late = 0
+        for backoff in _backoffs():
+            life = member.life
             try:
-                samples = await self._attempt(index, prompt, body, deadline)
-            except client.ServerUnavailableError as problem:
-                log.warning("prompt %s will be sent again: %s", prompt.uid, problem)
-            else:
-                self._deaths[index] = 0
-                return samples
+                life = await self._fleet.ready(member)
+                answer = await self._try(prompt, body, member)
+                self._fleet.served(member)
+                return self._as_sample(answer)
+            except (ServerUnavailableError, LostServerError, UnusableAnswerError, LateError) as problem:
+                fault = f"{self.servers.describe(member.index)}: {problem}"
+                tries, late = tries + isinstance(problem, UnusableAnswerError), late + isinstance(problem, LateError)
+                is_late = isinstance(problem, LateError)
             finally:
-                slots.give(index, n)
-            await self._revive(slots, index)
+                self._fleet.give(member)
+            if late > MAX_LATE:
+                raise TimeoutError(f"{fault}; that was the {late}th time, raise rollout.request_timeout or see the log")
+            if tries >= MAX_TRIES:
+                raise RuntimeError(f"{tries} answers for prompt {prompt.uid} could not be used; the last: {fault}")
+            log.warning("prompt %s will be sent again: %s", prompt.uid, fault)
+            await self._fleet.attend(member, life, fault, is_fatal=is_late)
             await asyncio.sleep(backoff)
-            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+            member = await self._fleet.take(1)
+        raise AssertionError("backoffs never end")
+
+    async def _try(self, prompt: Prompt, body: dict[str, Any], member: Member) -> answers.Answer:
+        """One request to one server, until it answers, is lost, or `rollout.request_timeout` has passed."""
+        life, limit = member.life, self.config.request_timeout
+        expected = answers.Expected(
+            prompt.uid,
+            body["sampling_params"]["max_tokens"],
+            frozenset(self.stop_token_ids),
+            self.vocab_size,
+            oldest_version=self._version,
+        )
+        asked = self._asked[member.index]
+        request = asyncio.ensure_future(
+            client.sample(self._http, asked, body, expected, lambda: self._fleet.progressed(member))
+        )
+        try:
+            either: set[asyncio.Future[Any]] = {request, life.lost}
+            await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if request.done():
+                answer = request.result()
+                answers.check(answer, expected, self._version)
+                if answer.finish_reason == "abort":
+                    raise UnusableAnswerError(f"sample of prompt {prompt.uid} was aborted by the server")
+                return answer
+            if life.lost.done():
+                raise LostServerError(life.lost.result())
+            raise LateError(f"no sample of prompt {prompt.uid} within rollout.request_timeout={limit:.0f} s")
+        finally:
+            request.cancel()
+            await asyncio.wait({request})
+            if not request.cancelled():
+                request.exception()  # seen: whatever it was, it came too late
+
+    def _as_sample(self, answer: answers.Answer) -> Sample:
+        token_ids = tuple(answer.token_ids.tolist())
+        return Sample(
+            token_ids=token_ids,
+            logprobs=tuple(answer.logprobs.tolist()),
+            text=self.tokenizer.decode(token_ids, skip_special_tokens=True),
+            finish_reason=answer.finish_reason,
+            versions=answer.versions,
+        )
+
+    # ---------------------------------------------------------------- servers
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Give all servers the weights `(Hugging Face name, full tensor)` as `version`.
+        """Give all servers the weights `(Hugging Face name, full tensor)` as `version`; restart one that fails at it.
 
         Raises ValueError, before a server is touched, unless every parameter of the model comes exactly once;
-        RuntimeError when a server fails, TimeoutError after `rollout.sync_timeout` seconds.
+        RuntimeError when no server takes them.
         """
         self._files = None  # those of the old version are about to go
         self._files = self.store.write(weights, version)
         self._version = version
-        self._each_server(self._push_or_restart)
+        unwell, self._unwell = self._unwell, {}
+        with self._pause("weight update"):
+            self._run(all_or_none([self._update(member, unwell.get(member.index)) for member in self._fleet.members]))
+
+    async def _update(self, member: Member, fault: str | None) -> None:
+        life = member.life
+        fault = fault or await self._fault_of(member, "take the weights", self._push)
+        if fault:
+            await self._fleet.attend(member, life, fault, is_fatal=True)
 
     def sleep(self) -> None:
         """Free the servers' GPU memory while the trainer works, where `rollout.vllm.enable_sleep_mode` is set."""
         if self.config.vllm.get("enable_sleep_mode") and not self._asleep:
             self._asleep = True
-            self._each_server(lambda index: self._control(index, "/sleep", {"level": "1"}))
+            self._control("/sleep", {"level": "1"})
 
     def wake_up(self) -> None:
         """Undo `sleep`; nothing where the servers are awake."""
         if self._asleep:
             self._asleep = False
-            self._each_server(lambda index: self._control(index, "/wake_up", {}))
+            self._control("/wake_up", {})
+
+    def _control(self, route: str, params: dict[str, str]) -> None:
+        """One call of a control route everywhere; a server that fails at it is restarted, awake, by the next update."""
+
+        async def ask(http: httpx.AsyncClient, deadline: float) -> None:
+            await control.call(http, "POST", route, deadline, params=params)
+
+        async def each(member: Member) -> None:
+            if fault := await self._fault_of(member, f"answer {route}", ask):
+                log.error("%s; the next weight update restarts it", fault)
+                self._unwell[member.index] = fault
+
+        with self._pause(route):
+            self._run(all_or_none([each(member) for member in self._fleet.members]))
+
+    async def _fault_of(self, member: Member, purpose: str, action: ServerCall) -> str | None:
+        """Run `action` on a server; None when it went well, else what went wrong, server and log named."""
+        if member.given_up:
+            return None
+        if not self.servers.alive(member.index):
+            return self.servers.describe_exit(member.index)
+        limit = self.config.sync_timeout
+        try:
+            async with control.client(self._asked[member.index].url, self.servers.headers) as http:
+                await action(http, time.monotonic() + limit)
+            return None
+        except TimeoutError as late:
+            problem = f"it did not {purpose} within rollout.sync_timeout={limit:.0f} s ({late})"
+        except (ConnectionError, httpx.TransportError, RuntimeError) as error:
+            problem = f"it was to {purpose}: {type(error).__name__}: {error}"
+        return f"{self.servers.describe(member.index)}: {problem}"
+
+    async def _push(self, http: httpx.AsyncClient, deadline: float) -> None:
+        await weight_sync.push_weights(http, self._files or [], self._version, deadline)
+
+    def _restart(self, index: int, fault: str) -> None:
+        """Start a server anew with the newest weights; blocks. Raises HopelessError where there are none."""
+        if self._files is None:
+            raise HopelessError(f"the last update failed, so there are no weights for it; {fault}")
+        if gone := [file for file in self._files if not file.exists()]:
+            raise HopelessError(
+                f"{gone[0]} is gone: something cleans that folder while the run needs it; exclude "
+                f"{weight_sync.PREFIX}* there"
+            )
+        self.restarts += 1
+        self.servers.restart(index)
+        self._prepare(index)
+
+    def _prepare(self, index: int) -> None:
+        """What a fresh server needs once: the transfer engine, the newest weights and their version. Blocks."""
+        asyncio.run(self._agree(index))
+
+    async def _agree(self, index: int) -> None:
+        deadline = time.monotonic() + self.config.sync_timeout
+        url = self.servers.servers[index].url
+        async with control.client(url, self.servers.headers) as http:
+            await control.call(http, "POST", "/init_weight_transfer_engine", deadline, json={"init_info": {}})
+            reports = await weight_sync.reports_versions(http, deadline)
+            await weight_sync.set_version(http, INITIAL_VERSION, deadline)
+            has_frames = (await control.ask(http, "POST", wire.ROUTE, deadline, json={})).status == 400
+            if self._files:
+                try:
+                    await self._push(http, deadline)
+                except RuntimeError as refused:
+                    raise HopelessError(f"a fresh server refuses the weights: {refused}") from refused
+        if not has_frames:
+            log.warning(
+                "vLLM server %d does not have our plugin's route: its answers come as JSON, 140 bytes a token instead of "
+                "8; install this package into the environment of rollout.python",
+                index,
+            )
+        self._asked[index] = client.Server(url, has_frames, reports)
+
+    async def _tokens_generated(self, index: int) -> float | None:
+        """The server's count of tokens, prompt and response, so far; None where it does not say."""
+        try:
+            async with control.client(self._asked[index].url) as http:
+                reply = await control.ask(http, "GET", "/metrics", time.monotonic() + METRICS_SECONDS)
+        except (TimeoutError, ConnectionError, httpx.HTTPError, RuntimeError):
+            return None
+        found = re.findall(r"^vllm:(?:generation|prompt)_tokens_total{.*} (\S+)$", reply.text, re.MULTILINE)
+        return sum(map(float, found)) if found else None
+
+    @contextlib.contextmanager
+    def _pause(self, reason: str) -> Any:
+        self._paused.append(reason)
+        try:
+            yield
+        finally:
+            self._paused.remove(reason)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._loop.submit(work).result()
 
     def close(self) -> None:
-        """End the servers and remove the stored weights; safe to call twice."""
+        """End the servers and remove the stored weights; safe to call twice, and while the servers start."""
         self.servers.close()
+        if not self._loop.loop.is_closed():
+            self._run(self._http.close())
+        self._loop.close()
         self.store.close()
 
     def __enter__(self) -> VLLMEngine:
@@ -210,110 +393,10 @@ class VLLMEngine:
     ) -> None:
         self.close()
 
-    def _slots_of_this_loop(self) -> Slots:
-        loop = asyncio.get_running_loop()
-        if self._slots is None or self._slots.loop is not loop:
-            self._slots = Slots(loop, len(self.servers), self.config.max_concurrent_sequences)
-        return self._slots
 
-    async def _attempt(self, index: int, prompt: Prompt, body: dict[str, Any], deadline: float) -> list[Sample]:
-        """One try at one server, within the request's deadline."""
-        remaining = max(deadline - time.monotonic(), 0.0)
-        reader = client.Reader(self.tokenizer, None if self._reports_versions else self._version)
-        url = self.servers.servers[index].url
-        try:
-            request = client.generate(url, self.servers.headers, prompt, body, reader, self.config.request_timeout)
-            return await asyncio.wait_for(request, remaining)
-        except asyncio.TimeoutError as late:
-            raise TimeoutError(
-                f"no samples of prompt {prompt.uid} within rollout.request_timeout={self.config.request_timeout:.0f} s "
-                f"(last tried server {index}, log {self.servers.servers[index].log_path}); raise it, or look at the log"
-            ) from late
-
-    async def _revive(self, slots: Slots, index: int) -> None:
-        """Restart server `index` if it is dead; whoever comes second waits for the first."""
-        async with slots.repair[index]:
-            if self.servers.alive(index):
-                return
-            slots.down.add(index)
-            try:
-                await asyncio.to_thread(self._restart, index)
-            finally:
-                slots.down.discard(index)
-
-    def _restart(self, index: int) -> None:
-        """Start a dead server anew with the newest weights; RuntimeError when it keeps dying."""
-        with self._repairing[index]:
-            if self.servers.alive(index):
-                return
-            self._deaths[index] += 1
-            if self._deaths[index] > MAX_DEATHS:
-                raise RuntimeError(f"it died {self._deaths[index]} times in a row: {self.servers.describe_exit(index)}")
-            if self._files is None:
-                raise RuntimeError(f"the last update failed, so it has no weights: {self.servers.describe_exit(index)}")
-            log.error("restarting it: %s", self.servers.describe_exit(index))
-            self.servers.restart(index)
-            self.restarts += 1
-            self._prepare(index)
-            if self._files:
-                self._push(index)
-
-    def _prepare(self, index: int) -> None:
-        """What a fresh server needs once: the transfer engine and the version of the weights it started with."""
-        deadline = time.monotonic() + self.config.sync_timeout
-        with self.servers.http(index, self.config.sync_timeout) as http:
-            weight_sync.call(http, "POST", "/init_weight_transfer_engine", deadline, json={"init_info": {}})
-            self._reports_versions = weight_sync.reports_versions(http, deadline)
-            weight_sync.set_version(http, INITIAL_VERSION, deadline)
-
-    def _push(self, index: int) -> None:
-        deadline = time.monotonic() + self.config.sync_timeout
-        with self.servers.http(index, self.config.sync_timeout) as http:
-            weight_sync.push_weights(http, self._files or [], self._version, deadline)
-
-    def _push_or_restart(self, index: int) -> None:
-        """Update one server; one that is dead, or dies of it, is restarted once, with the same weights."""
-        if not self._reached(index, "take the weights", lambda: self._push(index)):
-            self._restart(index)
-
-    def _reached(self, index: int, purpose: str, action: Callable[[], None]) -> bool:
-        """Run `action` on server `index`; False when the server is dead or dies of it.
-
-        Raises TimeoutError when it is late, RuntimeError when it lives and breaks the connection.
-        """
-        try:
-            if self.servers.alive(index):
-                action()
-                return True
-        except httpx.TimeoutException as late:
-            raise TimeoutError(
-                f"vLLM server {index} did not {purpose} within rollout.sync_timeout={self.config.sync_timeout:.0f} s; "
-                f"raise it, or see {self.servers.servers[index].log_path}"
-            ) from late
-        except httpx.TransportError as problem:
-            if not self._ends_soon(index):
-                raise RuntimeError(f"vLLM server {index} broke the connection; it was to {purpose}") from problem
-        return False
-
-    def _ends_soon(self, index: int) -> bool:
-        """Whether the server's process ends within a few seconds: its connections break before it is seen dead."""
-        deadline = time.monotonic() + 5.0
-        while self.servers.alive(index) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return not self.servers.alive(index)
-
-    def _control(self, index: int, route: str, params: dict[str, str]) -> None:
-        """One call of a control route. A dead server is passed over: the next weight update starts it anew, awake."""
-        deadline = time.monotonic() + self.config.sync_timeout
-
-        def ask() -> None:
-            with self.servers.http(index, self.config.sync_timeout) as http:
-                weight_sync.call(http, "POST", route, deadline, params=params)
-
-        self._reached(index, f"answer {route}", ask)
-
-    def _each_server(self, action: Callable[[int], None]) -> None:
-        """Run `action(index)` for all servers at once; the first error is raised after all have ended."""
-        with ThreadPoolExecutor(max_workers=len(self.servers)) as pool:
-            for done in [pool.submit(action, index) for index in range(len(self.servers))]:
-                done.result()
+def _backoffs() -> Iterable[float]:
+    """Seconds to wait before each further try, for ever."""
+    backoff = FIRST_BACKOFF_SECONDS
+    while True:
+        yield backoff
+        backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)

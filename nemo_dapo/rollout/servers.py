@@ -7,6 +7,7 @@ server nor this process, so that a trainer killed by SIGKILL leaves no server, e
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import logging
@@ -16,6 +17,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,13 +28,17 @@ import httpx
 import torch
 
 from nemo_dapo.config import Precision, RolloutConfig
-from nemo_dapo.rollout import guardian
+from nemo_dapo.processes import kill_session
+from nemo_dapo.rollout import control, guardian
+from nemo_dapo.rollout.challenge import NONCE_PARAMETER, proof
 
 log = logging.getLogger(__name__)
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it writes a line for every request
 
 END_GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
 LOG_TAIL_LINES = 30
+HEALTH_SECONDS = 5.0
+SECONDS_BETWEEN_WORDS = 15.0
 BACKEND = "nemo_dapo_host_memory"  # the name under which vllm_plugin registers our weight transfer
 
 # What we set ourselves, and where the user says it instead.
@@ -52,8 +58,7 @@ LAUNCHER_VARIABLES = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_.*|MASTER_ADDR|MASTER_PORT"
     r"|TORCHELASTIC_.*|TORCH_NCCL_.*|PMI_.*|PMIX_.*|OMPI_.*)"
 )
-# No warm-up; the model runs in the engine's own process: one process less to start, no hop through shared memory.
-CPU_VARIABLES = {"VLLM_CPU_CI_ENV": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+CPU_VARIABLES = {"VLLM_CPU_CI_ENV": "1"}  # no warm-up
 # vLLM on a CPU takes 92 % of the machine's memory for its cache by default, and compiles for minutes.
 CPU_ENGINE_OPTIONS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
 DTYPES = {Precision.bf16: "bfloat16", Precision.fp32: "float32"}
@@ -82,7 +87,10 @@ def engine_arguments(options: Mapping[str, Any]) -> list[str]:
 
 def server_command(config: RolloutConfig, model_path: Path, precision: Precision, port: int, seed: int) -> list[str]:
     """The command line of one server. The API key is not in it: command lines are public on a machine."""
-    defaults: dict[str, Any] = {"max_model_len": config.max_prompt_length + config.max_response_length}
+    defaults: dict[str, Any] = {
+        "max_model_len": config.max_prompt_length + config.max_response_length,
+        "scheduling_policy": "priority",  # the engine numbers its requests: earlier groups go first
+    }
     if not torch.cuda.is_available():
         defaults |= CPU_ENGINE_OPTIONS
     fixed = ["--model", str(model_path), "--host", config.host, "--port", str(port), "--seed", str(seed)]
@@ -94,10 +102,13 @@ def server_command(config: RolloutConfig, model_path: Path, precision: Precision
     return module + fixed + engine_arguments({**defaults, **config.vllm})
 
 
-def server_environment(config: RolloutConfig, index: int, api_key: str, inherited: Mapping[str, str]) -> dict[str, str]:
+def server_environment(
+    config: RolloutConfig, index: int, api_key: str, inherited: Mapping[str, str], scratch: str = ""
+) -> dict[str, str]:
     """Environment of server `index`: the trainer's without its launcher's variables, plus what vLLM reads.
 
-    Variables that the user has set win over our CPU defaults.
+    Variables that the user has set win over our CPU defaults. Sockets and the like go to the folder `scratch`, which
+    disappears with the run however that ends.
     """
     kept = {key: value for key, value in inherited.items() if not LAUNCHER_VARIABLES.fullmatch(key)}
     cpu_defaults = {} if torch.cuda.is_available() else CPU_VARIABLES
@@ -105,6 +116,7 @@ def server_environment(config: RolloutConfig, index: int, api_key: str, inherite
         # Else one sampler function is still compiled by a C++ compiler, during the first request.
         cpu_defaults = {**cpu_defaults, "TORCH_COMPILE_DISABLE": "1"}
     devices = {"CUDA_VISIBLE_DEVICES": config.visible_devices[index]} if config.visible_devices else {}
+    places = dict.fromkeys(("TMPDIR", "VLLM_RPC_BASE_PATH"), scratch) if scratch else {}
     ours = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes of weight transfer, pause and abort
         "VLLM_PLUGINS": "nemo_dapo",  # other packages' plugins import what a server does not need
@@ -113,7 +125,7 @@ def server_environment(config: RolloutConfig, index: int, api_key: str, inherite
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
-    return {**cpu_defaults, **kept, **devices, **ours}
+    return {**cpu_defaults, **kept, **devices, **places, **ours}
 
 
 def choose_key(config: RolloutConfig) -> str:
@@ -183,6 +195,10 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
     log_start: int = 0
 
+    @property
+    def session_path(self) -> Path:
+        return self.log_path.with_suffix(".session")
+
     def exit_code(self) -> int | None:
         """Exit code of the server, None while it runs (or before it was started)."""
         return self.process.poll() if self.process else None
@@ -209,8 +225,12 @@ class VLLMServers:
         self.precision = precision
         self.scratch = scratch
         self.api_key = choose_key(config)
+        self.closing = threading.Event()
         log_dir = run_dir / "servers"
         log_dir.mkdir(parents=True, exist_ok=True)
+        for session in sorted(log_dir.glob("server_*.session")):  # of an earlier run in this folder, which is dead
+            if left := kill_session(str(session)):
+                log.warning("ended processes %s, which a killed run had left (%s)", left, session)
         ports = choose_ports(config.host, config.port, config.num_servers)
         # Unseeded sampling draws from the process's generator: two servers with one seed give the same samples.
         self.servers = [
@@ -225,17 +245,11 @@ class VLLMServers:
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.api_key}"}
 
-    def http(self, index: int, timeout: float) -> httpx.Client:
-        """A client of server `index`; proxy variables of the environment do not apply."""
-        server = self.servers[index]
-        # The scheme is http: without `verify=False` httpx would load a certificate store for nothing.
-        return httpx.Client(base_url=server.url, headers=self.headers, timeout=timeout, trust_env=False, verify=False)
-
     def start(self) -> None:
         """Start every server and wait until all are healthy.
 
-        Raises RuntimeError when one ends at start, TimeoutError after `rollout.start_timeout` seconds; either way all
-        of them are ended first.
+        Raises RuntimeError when one ends at start or another thread calls `close`, TimeoutError after
+        `rollout.start_timeout` seconds; either way all of them are ended first.
         """
         try:
             for server in self.servers:
@@ -249,6 +263,11 @@ class VLLMServers:
 
     def alive(self, index: int) -> bool:
         return self.servers[index].process is not None and self.servers[index].exit_code() is None
+
+    def describe(self, index: int) -> str:
+        """What a message says of a server that may live: number, process and log."""
+        server = self.servers[index]
+        return f"vLLM server {index} (pid {server.process.pid if server.process else '-'}, {server.log_path})"
 
     def describe_exit(self, index: int) -> str:
         return self.servers[index].describe_exit()
@@ -265,7 +284,8 @@ class VLLMServers:
         self._wait_healthy(server, time.monotonic() + self.config.start_timeout)
 
     def close(self) -> None:
-        """End all servers, in parallel; safe to call twice."""
+        """End all servers, in parallel; safe to call twice, and from another thread while they start."""
+        self.closing.set()
         for server in self.servers:
             if server.process and server.process.stdin:
                 server.process.stdin.close()
@@ -276,27 +296,32 @@ class VLLMServers:
         config = self.config
         command = server_command(config, self.model_path, self.precision, server.port, server.seed)
         wrapper = [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), str(END_GRACE_SECONDS)]
+        wrapper += [str(server.session_path), self.scratch]
         with server.log_path.open("ab") as log_file:
             server.log_start = log_file.tell()
             server.process = subprocess.Popen(
-                [*wrapper, self.scratch, "--", *command],
+                [*wrapper, "--", *command],
                 stdin=subprocess.PIPE,
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
-                env=server_environment(config, server.index, self.api_key, os.environ),
+                env=server_environment(config, server.index, self.api_key, os.environ, self.scratch),
                 start_new_session=True,  # Ctrl-C in the terminal reaches the trainer alone, which then ends the servers
             )
 
     def _wait_healthy(self, server: Server, deadline: float) -> None:
-        started = time.monotonic()
-        with self.http(server.index, timeout=5.0) as client:
-            while time.monotonic() < deadline:
-                if server.exit_code() is not None:
-                    raise RuntimeError(f"{server.describe_exit()}\n{remedy(server)}")
-                if is_healthy(client):
-                    log.info("vLLM server %d is ready at %s", server.index, server.url)
-                    return
-                time.sleep(0.2)
+        started = said = time.monotonic()
+        while (now := time.monotonic()) < deadline:
+            if self.closing.is_set():
+                raise RuntimeError(f"vLLM server {server.index} was not ready yet when the run ended")
+            if server.exit_code() is not None:
+                raise RuntimeError(f"{server.describe_exit()}\n{remedy(server)}")
+            if asyncio.run(is_healthy(server.url, self.api_key)):
+                log.info("vLLM server %d is ready at %s", server.index, server.url)
+                return
+            if now - said > SECONDS_BETWEEN_WORDS:
+                said = now
+                print(f"vLLM server {server.index}: starting for {now - started:.0f} s, {server.log_path}", flush=True)
+            self.closing.wait(0.2)
         raise TimeoutError(
             f"vLLM server {server.index} was not healthy after {time.monotonic() - started:.0f} s; expected within "
             f"rollout.start_timeout={self.config.start_timeout:.0f} s: raise it, or see {server.log_path}:\n"
@@ -316,14 +341,23 @@ class VLLMServers:
             log.error("the guardian of vLLM server %d (pid %d) did not end; killing it", server.index, process.pid)
             process.kill()
             process.wait()
+        kill_session(str(server.session_path))  # a guardian that was killed leaves the process with the model
 
 
-def is_healthy(client: httpx.Client) -> bool:
-    """Whether the server answers /health with 200; a refused or failed connection is a no."""
+async def is_healthy(url: str, key: str) -> bool:
+    """Whether a server that knows `key` answers /health with 200; a refused or failed connection is a no.
+
+    The key itself is not sent: whoever took the port before our server would get it. Ours answers a challenge.
+    """
+    nonce = secrets.token_hex(16)
     try:
-        return client.get("/health").status_code == 200
-    except httpx.TransportError:
+        async with control.client(url) as http:
+            reply = await control.ask(
+                http, "GET", "/health", time.monotonic() + HEALTH_SECONDS, params={NONCE_PARAMETER: nonce}
+            )
+    except (httpx.HTTPError, RuntimeError, TimeoutError):
         return False
+    return reply.status == 200 and secrets.compare_digest(reply.body, proof(key, nonce))
 
 
 def remedy(server: Server) -> str:

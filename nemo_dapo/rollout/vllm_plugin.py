@@ -12,9 +12,11 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import parse_qs
 
 import torch
 from safetensors.torch import load_file
+from starlette.responses import PlainTextResponse
 from torch import Tensor
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
@@ -23,6 +25,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.platforms import current_platform
+
+from nemo_dapo.rollout import vllm_route, wire
+from nemo_dapo.rollout.challenge import NONCE_PARAMETER, proof
 
 BACKEND = "nemo_dapo_host_memory"  # as in servers.py, which must not be imported here: it needs the trainer's packages
 OPEN_PATHS = ("/health", "/ping", "/metrics")
@@ -120,21 +125,41 @@ def repack_tied_output(model: torch.nn.Module) -> None:
 class RequireKey:
     """ASGI middleware: every route but health and metrics needs `Authorization: Bearer $VLLM_API_KEY`.
 
-    vLLM's own check covers /v1 and /inference alone, while the development routes can replace the weights.
+    vLLM's own check covers /v1 and /inference alone, while the development routes can replace the weights. It also serves
+    our own route, and answers a challenge at /health, by which the trainer knows its server.
     """
 
     def __init__(self, app: Any) -> None:
         self.app = app
-        self.expected = f"Bearer {os.environ.get('VLLM_API_KEY', '')}".encode()
+        self.key = os.environ.get("VLLM_API_KEY", "")
+        self.expected = f"Bearer {self.key}".encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not secrets.compare_digest(given, self.expected):
-                await send({"type": "http.response.start", "status": 401, "headers": []})
-                await send({"type": "http.response.body", "body": b"Unauthorized"})
-                return
-        await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if scope["path"] not in OPEN_PATHS and not secrets.compare_digest(given, self.expected):
+            await PlainTextResponse("Unauthorized", status_code=401)(scope, receive, send)
+        elif scope["path"] == wire.ROUTE:
+            await vllm_route.generate(scope, receive, send)
+        elif scope["path"] == "/health" and (nonce := parse_qs(scope["query_string"].decode()).get(NONCE_PARAMETER)):
+            await self.app(scope, receive, with_body(send, proof(self.key, nonce[0])))
+        else:
+            await self.app(scope, receive, send)
+
+
+def with_body(send: Any, body: bytes) -> Any:
+    """An ASGI `send` that puts `body` in place of an empty one and leaves the status as it is."""
+
+    async def sending(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            headers = [(name, value) for name, value in message["headers"] if name != b"content-length"]
+            await send({**message, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+        else:
+            await send({"type": "http.response.body", "body": body})
+
+    return sending
 
 
 def register() -> None:

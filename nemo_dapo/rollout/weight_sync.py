@@ -9,11 +9,13 @@ one copy of the model in host memory. vLLM is not imported here; the server's si
 
 from __future__ import annotations
 
+import fcntl
+import json
 import logging
+import os
 import shutil
 import tempfile
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import httpx
@@ -21,21 +23,32 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_dapo.hf_folder import ExpectedWeights, buckets, check_weights
+from nemo_dapo.rollout.control import Reply, call
+from nemo_dapo.telemetry.escape import printable
 
 log = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 BUCKET_BYTES = 1 << 30  # of one file: bounds the copy that is made while writing
 SPACE_MARGIN = 1.05
+PREFIX, LOCK = "nemo_dapo_weights_", ".lock"
 
 
 class WeightStore:
-    """The newest weights as safetensors files in a private folder (0700) in host memory, or on disk where that is full."""
+    """The newest weights as safetensors files in a private folder (0700) in host memory, or on disk where that is full.
+
+    The folder is locked for as long as this process lives: one that can be locked was left by a run that is dead, all of
+    whose processes were killed at once, and is removed when the next store is made on the same host.
+    """
 
     def __init__(self, expected: ExpectedWeights, bytes_per_element: int) -> None:
         needed = int(expected.num_elements * bytes_per_element * SPACE_MARGIN)
         self.expected = expected
-        self.folder = Path(tempfile.mkdtemp(prefix="nemo_dapo_weights_", dir=roomy_folder(needed)))
+        for place in (SHARED_MEMORY, Path(tempfile.gettempdir())):
+            remove_left_folders(place)
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=roomy_folder(needed)))
+        self._lock = (self.folder / LOCK).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def write(self, weights: Iterable[tuple[str, Tensor]], version: int) -> list[Path]:
         """Replace the stored weights by `weights`; returns the files in the order of the stream.
@@ -59,10 +72,25 @@ class WeightStore:
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
 
     def _clear(self) -> None:
         for file in self.folder.glob("*.safetensors"):
             file.unlink()
+
+
+def remove_left_folders(place: Path) -> None:
+    """Remove what dead runs of this user left under `place`: a folder whose lock is free has no owner any more."""
+    for folder in place.glob(f"{PREFIX}*"):
+        try:
+            if folder.stat().st_uid != os.getuid():
+                continue
+            with (folder / LOCK).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+                log.warning("removed %s, which a run that was killed had left in memory", folder)
+        except OSError:  # locked by a run that lives, just being made, or just gone
+            continue
 
 
 def roomy_folder(needed: int) -> Path:
@@ -84,56 +112,43 @@ def roomy_folder(needed: int) -> Path:
     return fallback
 
 
-def push_weights(client: httpx.Client, files: Iterable[Path], version: int, deadline: float) -> None:
+async def push_weights(http: httpx.AsyncClient, files: Iterable[Path], version: int, deadline: float) -> None:
     """Make one server load `files` as weight version `version` and check that it says so.
 
     Requests in flight are frozen, not aborted: their key-value cache is dropped and recomputed with the new weights, and
     the spans of their samples name both versions. `deadline` is of time.monotonic(). Raises RuntimeError when the server
-    refuses a call or ends up with another version, httpx.TransportError when it is gone or late.
+    refuses a call or ends up with another version, ServerDiedError or httpx.TransportError when it is gone, TimeoutError
+    when it is late.
     """
-    call(client, "POST", "/pause", deadline, params={"mode": "keep"})
-    call(client, "POST", "/start_weight_update", deadline, may_be_absent=True)
+    await call(http, "POST", "/pause", deadline, params={"mode": "keep"})
+    await call(http, "POST", "/start_weight_update", deadline, may_be_absent=True)
     update = {"update_info": {"paths": [str(file) for file in files]}}
-    call(client, "POST", "/update_weights", deadline, json=update)
-    call(client, "POST", "/finish_weight_update", deadline, json={}, may_be_absent=True)
-    call(client, "POST", "/reset_prefix_cache", deadline, params={"reset_running_requests": "true"})
+    await call(http, "POST", "/update_weights", deadline, json=update)
+    await call(http, "POST", "/finish_weight_update", deadline, json={}, may_be_absent=True)
+    await call(http, "POST", "/reset_prefix_cache", deadline, params={"reset_running_requests": "true"})
     # The version last: tokens carry it only once the weights and the cache are the new ones.
-    set_version(client, version, deadline)
-    call(client, "POST", "/resume", deadline)
+    await set_version(http, version, deadline)
+    await call(http, "POST", "/resume", deadline)
 
 
-def set_version(client: httpx.Client, version: int, deadline: float) -> None:
+async def set_version(http: httpx.AsyncClient, version: int, deadline: float) -> None:
     """Set the weight version of a server and read it back; nothing on a server too old to have one."""
     body = {"new_version": str(version)}
-    if call(client, "POST", "/update_weight_version", deadline, json=body, may_be_absent=True) is None:
+    if await call(http, "POST", "/update_weight_version", deadline, json=body, may_be_absent=True) is None:
         return
-    answer = call(client, "GET", "/weight_info", deadline)
-    if answer is None or answer.json()["weight_version"] != str(version):
-        raise RuntimeError(f"{client.base_url} has weights {answer and answer.text} after the update, not {version}")
+    reply = await call(http, "GET", "/weight_info", deadline)
+    if reply is None or said_version(reply) != str(version):
+        said = reply and printable(reply.text, 200)
+        raise RuntimeError(f"{http.base_url} has weights {said} after the update, not {version}")
 
 
-def reports_versions(client: httpx.Client, deadline: float) -> bool:
-    """Whether the server knows weight versions at all; vLLM 0.20 does not."""
-    return call(client, "GET", "/weight_info", deadline, may_be_absent=True) is not None
-
-
-def call(
-    client: httpx.Client,
-    method: str,
-    route: str,
-    deadline: float,
-    *,
-    params: Mapping[str, str] | None = None,
-    json: Mapping[str, object] | None = None,
-    may_be_absent: bool = False,
-) -> httpx.Response | None:
-    """One call of the server's control routes; None when it has no such route and `may_be_absent`."""
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
-        raise TimeoutError(f"no time left for {route} of {client.base_url}; raise rollout.sync_timeout")
-    response = client.request(method, route, params=params, json=json, timeout=remaining)
-    if response.status_code == 404 and may_be_absent:
+def said_version(reply: Reply) -> str | None:
+    try:
+        return str(json.loads(reply.body)["weight_version"])
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    if response.status_code != 200:
-        raise RuntimeError(f"{route} of {client.base_url} failed: HTTP {response.status_code} {response.text[:500]}")
-    return response
+
+
+async def reports_versions(http: httpx.AsyncClient, deadline: float) -> bool:
+    """Whether the server knows weight versions at all; vLLM 0.20 does not."""
+    return await call(http, "GET", "/weight_info", deadline, may_be_absent=True) is not None

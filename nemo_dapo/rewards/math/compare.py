@@ -170,9 +170,6 @@ def _same_single(a: str, t: str, collections: tuple[Collection | None, Collectio
         stated = read_relation(other)
         if stated and stated.is_equation and len(stated.sides) == 2 and is_name(stated.sides[0]):
             value = stated.sides[1]
-            letters = re.findall(r"[A-Za-z]", stated.sides[0])
-            if stated.sides[0].startswith("(") and letters != sorted(letters):  # `(y,x) = (1,2)` is not (1,2)
-                return False
             return _same(text, value, nesting + 1) if text is a else _same(value, text, nesting + 1)
     return False
 

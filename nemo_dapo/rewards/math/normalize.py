@@ -102,7 +102,7 @@ def normalize(text: str) -> str:
     """
     text = text.replace(ROW, "").strip()
     if _PLAIN.fullmatch(text):
-        return _INFINITY.sub(r"\\infty", _CLOCK.sub(r" \1m", _bare_end(_BLANKS.sub(" ", text))))
+        return _INFINITY.sub(r"\\infty", _CLOCK.sub(r" \1m", _BLANKS.sub(" ", text)).rstrip(".,"))
     text = _unwrap(_rows(_characters(unbox(text))))
     for pattern, replacement in _ALIASES:
         if "\\" in text:

@@ -1,0 +1,75 @@
+"""Calls of a server's control routes: small answers, each within one deadline that holds for the whole call."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from nemo_dapo.telemetry.escape import printable
+
+MAX_ANSWER_BYTES = 8 << 20  # /metrics of a busy server is the largest
+
+
+class ServerDiedError(ConnectionError):
+    """The API server says that the process with the model is gone; it ends itself a moment later."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode(errors="replace")
+
+
+def client(url: str, headers: Mapping[str, str] | None = None) -> httpx.AsyncClient:
+    """A client of one server. The scheme is http and proxy variables of the environment do not apply."""
+    return httpx.AsyncClient(base_url=url, headers=dict(headers or {}), timeout=None, trust_env=False, verify=False)
+
+
+async def ask(http: httpx.AsyncClient, method: str, route: str, deadline: float, **request: Any) -> Reply:
+    """One request, whatever its status. `deadline` is of time.monotonic(); one that passes is a TimeoutError.
+
+    httpx's own limits are a read each: a server that sends a byte now and then would never meet them.
+    """
+    remaining = deadline - time.monotonic()
+    where = f"{route} of {http.base_url}"
+    if remaining <= 0:
+        raise TimeoutError(f"no time left for {where}; raise rollout.sync_timeout")
+    try:
+        return await asyncio.wait_for(_ask(http, method, route, request), remaining)
+    except asyncio.TimeoutError as late:
+        raise TimeoutError(f"{where} did not answer within {remaining:.0f} s") from late
+
+
+async def _ask(http: httpx.AsyncClient, method: str, route: str, request: dict[str, Any]) -> Reply:
+    body = bytearray()
+    async with http.stream(method, route, headers={"Accept-Encoding": "identity"}, **request) as response:
+        async for piece in response.aiter_raw():
+            body += piece
+            if len(body) > MAX_ANSWER_BYTES:
+                raise RuntimeError(f"{route} of {http.base_url} answers more than {MAX_ANSWER_BYTES} bytes")
+        return Reply(response.status_code, bytes(body))
+
+
+async def call(
+    http: httpx.AsyncClient, method: str, route: str, deadline: float, *, may_be_absent: bool = False, **request: Any
+) -> Reply | None:
+    """One request that must be answered with 200; None when there is no such route and `may_be_absent`.
+
+    Raises ServerDiedError where the engine process is gone, RuntimeError for any other answer.
+    """
+    reply = await ask(http, method, route, deadline, **request)
+    if reply.status == 404 and may_be_absent:
+        return None
+    if reply.status != 200:
+        said = f"{route} of {http.base_url} failed: HTTP {reply.status} {printable(reply.text, 500)}"
+        raise ServerDiedError(said) if reply.status >= 500 and "EngineCore" in reply.text else RuntimeError(said)
+    return reply

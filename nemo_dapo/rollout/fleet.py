@@ -1,0 +1,218 @@
+"""The servers as their requests see them: who has room, who is sick, and what is done about it.
+
+A server is sick when its process is dead, when nothing comes of its requests for `progress_timeout` seconds (the usual end
+of a GPU), when an answer is late, or when it fails a few times in a row. It is then restarted while its requests go
+elsewhere. One that stays sick through several restarts is given up while another one serves; the last one ends the run.
+
+Everything here runs in the run's event loop, but for `restart`, which blocks in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+log = logging.getLogger(__name__)
+
+MAX_FAULTS = 3  # of one server in a row, without a sample in between
+FAULT_SECONDS = 1.0  # what fails within them fails of one cause, and counts once
+MAX_RESTARTS = 3  # of one server in a row, without a sample in between
+LOOK_SECONDS = 5.0  # between two looks at a server with open requests
+
+
+class SickError(RuntimeError):
+    """No server is left that could serve; names each one's last fault and log."""
+
+
+class LostServerError(ConnectionError):
+    """The server that had the request is being restarted."""
+
+
+class HopelessError(RuntimeError):
+    """A restart failed in a way that another one would not mend."""
+
+
+@dataclass
+class Life:
+    """One start of a server, until it is restarted. `lost` resolves with the reason when this life ends."""
+
+    lost: asyncio.Future[str]
+    faults: int = 0
+    fault_at: float = -FAULT_SECONDS
+    progress_at: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Member:
+    """One server in the fleet; `load` counts the samples in flight on it, `restarts` those without a sample since."""
+
+    index: int
+    life: Life
+    load: int = 0
+    restarts: int = 0
+    is_down: bool = False
+    given_up: str = ""  # why
+    repair: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Fleet:
+    """Admits samples to servers within `limit` each, and has sick servers restarted.
+
+    `restart(index)` blocks until the server serves the newest weights again, and raises when it does not; `alive(index)`
+    looks at its process; `describe(index)` names it and its log.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        limit: int,
+        *,
+        alive: Callable[[int], bool],
+        restart: Callable[[int, str], None],
+        describe: Callable[[int], str],
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.limit = limit
+        self.alive, self.restart, self.describe = alive, restart, describe
+        self.members = [Member(index, self._new_life()) for index in range(size)]
+        self.waiters: list[asyncio.Future[None]] = []
+
+    def _new_life(self) -> Life:
+        return Life(self.loop.create_future())
+
+    # ---------------------------------------------------------------- admission
+
+    async def take(self, n: int) -> Member:
+        """Wait until a server has room for `n` more samples and take them there: the least loaded one that serves.
+
+        More samples than the limit run alone on a server. Raises SickError when every server is given up.
+        """
+        while (member := self._pick(n)) is None:
+            if all(one.given_up for one in self.members):
+                raise SickError("no vLLM server is left: " + "; ".join(one.given_up for one in self.members))
+            waiter = self.loop.create_future()
+            self.waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                self.waiters.remove(waiter)
+        if not member.load:
+            self.progressed(member)  # the clock starts with the first of its open requests
+        member.load += n
+        return member
+
+    def give(self, member: Member, n: int = 1) -> None:
+        """Not a coroutine: a request that is being cancelled must give its place back without waiting for anything."""
+        member.load -= n
+        self._wake()
+
+    def _pick(self, n: int) -> Member | None:
+        serving = [m for m in self.members if not m.given_up and (m.load == 0 or m.load + n <= self.limit)]
+        up = [m for m in serving if not m.is_down]
+        # A server that is being restarted gets requests only where it is the only one: they wait for it.
+        if not up and any(not m.is_down and not m.given_up for m in self.members):
+            return None
+        return min(up or serving, key=lambda m: (m.life.faults, m.load), default=None)
+
+    def _wake(self) -> None:
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # ---------------------------------------------------------------- health
+
+    async def ready(self, member: Member) -> Life:
+        """Wait while the server is being restarted (it is the only one then) and return its life since.
+
+        Raises LostServerError when it was given up.
+        """
+        if member.is_down:
+            async with member.repair:
+                pass
+        if member.given_up:
+            raise LostServerError(member.given_up)
+        return member.life
+
+    def served(self, member: Member) -> None:
+        """A good answer: whatever the server failed at before is forgiven."""
+        member.life.faults = member.restarts = 0
+        self.progressed(member)
+
+    def progressed(self, member: Member) -> None:
+        member.life.progress_at = time.monotonic()
+
+    async def attend(self, member: Member, life: Life, fault: str, *, is_fatal: bool = False) -> None:
+        """Note that a request failed in `life` of a server; restart the server where that is called for.
+
+        Returns when the server can be asked again, or was given up. Raises SickError when it was the last one.
+        """
+        async with member.repair:
+            if member.life is not life or member.given_up:  # somebody else saw to it
+                return
+            now = time.monotonic()
+            if now - life.fault_at >= FAULT_SECONDS:
+                life.faults, life.fault_at = life.faults + 1, now
+            if is_fatal or life.faults >= MAX_FAULTS or not self.alive(member.index):
+                await self._restart(member, fault)
+
+    async def _restart(self, member: Member, fault: str) -> None:
+        member.is_down = True
+        member.life.lost.set_result(fault)
+        try:
+            while member.restarts < MAX_RESTARTS:
+                member.restarts += 1
+                log.error("restarting %s: %s", self.describe(member.index), fault)
+                try:
+                    await asyncio.to_thread(self.restart, member.index, fault)
+                    return
+                except HopelessError as problem:
+                    fault = str(problem)
+                    break
+                except (RuntimeError, OSError, TimeoutError, asyncio.TimeoutError) as problem:
+                    fault = str(problem)
+            self._give_up(member, fault)
+        finally:
+            member.life = self._new_life()
+            member.is_down = False
+            self._wake()
+
+    def _give_up(self, member: Member, fault: str) -> None:
+        member.given_up = f"{self.describe(member.index)} is sick after {member.restarts} restart(s) in a row: {fault}"
+        if all(one.given_up for one in self.members):
+            raise SickError(member.given_up)
+        left = sum(not one.given_up for one in self.members)
+        log.error("%s; it is given up, the run goes on with %d other(s)", member.given_up, left)
+
+    async def watch(
+        self, counters: Callable[[int], Awaitable[float | None]], timeout: float, paused: Sequence[str]
+    ) -> None:
+        """For ever: restart a server with open requests whose `counters(index)`, of tokens generated, stand still.
+
+        Nothing is held against a server while `paused` is not empty: an update stops generation.
+        """
+        await asyncio.gather(*(self._watch(member, counters, timeout, paused) for member in self.members))
+
+    async def _watch(
+        self, member: Member, counters: Callable[[int], Awaitable[float | None]], timeout: float, paused: Sequence[str]
+    ) -> None:
+        seen: float | None = None
+        while True:
+            await asyncio.sleep(min(LOOK_SECONDS, timeout / 4))
+            life = member.life
+            if not member.load or member.is_down or paused:
+                self.progressed(member)
+                continue
+            count = await counters(member.index)
+            if count is not None and count != seen:
+                seen = count
+                self.progressed(member)
+            silence = time.monotonic() - life.progress_at
+            if silence > timeout and member.life is life:
+                fault = f"no token of its {member.load} open samples for {silence:.0f} s (rollout.progress_timeout)"
+                try:
+                    await self.attend(member, life, fault, is_fatal=True)
+                except SickError:
+                    continue  # its requests say so
