@@ -19,6 +19,7 @@ from nemo_dapo.telemetry.rollouts import read_rollouts, rollouts_path, write_rol
 from nemo_dapo.types import Group, Prompt, Sample, SamplingParams, Verdict, VersionSpan
 
 N, G = 3, 4
+BROKEN = 999
 
 
 class Loader:
@@ -40,32 +41,35 @@ class Loader:
 
 
 class Engine:
-    """Random tokens, lengths, times and aborts: another course each time it is asked."""
+    """Random tokens, lengths and times, another course with each seed; some calls are aborted, broken, right or wrong."""
 
     def __init__(self, seed: int) -> None:
-        self.random, self.version = random.Random(seed), 0
+        self.random, self.version, self.calls = random.Random(seed), 0, seed
 
     async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+        self.calls += 1
+        call, truth = self.calls, int(prompt.ground_truth)
         await asyncio.sleep(self.random.random() / 500)
-        aborted = self.random.random() < 0.1
-        return [self._sample("abort" if aborted else "stop") for _ in range(n)]
+        reason = "abort" if call % 11 == 3 else "stop"
+        remainders = {1: [truth], 2: [(truth + 1) % 3]}.get(call % 6, [0, 1, 2])
+        samples = [self._sample(reason, self.random.choice(remainders)) for _ in range(n)]
+        return [Sample((BROKEN,), (0.0,), "0", reason), *samples[1:]] if call % 9 == 2 else samples
 
-    def _sample(self, reason: str) -> Sample:
+    def _sample(self, reason: str, remainder: int) -> Sample:
         length = self.random.randrange(1, 9)
-        tokens = tuple(self.random.randrange(1000) for _ in range(length))
+        tokens = (3 * self.random.randrange(300) + remainder, *(self.random.randrange(1000) for _ in range(length - 1)))
         logprobs = tuple(-self.random.random() * 3 for _ in range(length))
-        spans = (VersionSpan(self.version, 0, length),)
-        return Sample(tokens, logprobs, str(tokens[0] % 3), reason, spans)
+        return Sample(tokens, logprobs, str(remainder), reason, (VersionSpan(self.version, 0, length),))
 
 
 class Judge:
-    """The truth is a digit in 0 … 2; a fixed text is beyond it, so that errors are replayed too."""
+    """Fails on the token BROKEN, so that errors are replayed too."""
 
     def __init__(self, shift: int = 0) -> None:
         self.shift = shift
 
     async def score(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
-        broken = [len(s.token_ids) == 8 and s.token_ids[0] % 5 == 0 for s in samples]
+        broken = [s.token_ids[0] == BROKEN for s in samples]
         right = [int(s.text) == (int(prompt.ground_truth) + self.shift) % 3 for s in samples]
         return [
             Verdict(False, error="out of range") if bad else Verdict(good)
