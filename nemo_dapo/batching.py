@@ -57,20 +57,18 @@ class MicroBatch:
 def make_batch(groups: Sequence[Group], advantages: Tensor) -> TrainBatch:
     """Concatenate prompts and responses of `groups`; `advantages` [N, G] as Eq. 9 gives them."""
     samples = [(group.prompt, sample) for group in groups for sample in group.samples]
-    tokens: list[int] = []
-    logprobs: list[float] = []
+    prompt_lengths = torch.tensor([len(prompt.token_ids) for prompt, _ in samples], dtype=torch.int64)
+    lengths = prompt_lengths + torch.tensor([len(sample.token_ids) for _, sample in samples], dtype=torch.int64)
+    tokens = torch.empty(int(lengths.sum()), dtype=torch.int32)
+    logprobs = torch.zeros(tokens.numel(), dtype=torch.float32)
+    ids, values, at = tokens.numpy(), logprobs.numpy(), 0
     for prompt, sample in samples:
-        tokens += prompt.token_ids
-        tokens += sample.token_ids
-        logprobs += [0.0] * len(prompt.token_ids)
-        logprobs += sample.logprobs
-    return TrainBatch(
-        tokens=torch.tensor(tokens, dtype=torch.int64),
-        lengths=torch.tensor([len(p.token_ids) + len(s.token_ids) for p, s in samples], dtype=torch.int64),
-        prompt_lengths=torch.tensor([len(p.token_ids) for p, s in samples], dtype=torch.int64),
-        rollout_logprobs=torch.tensor(logprobs, dtype=torch.float32),
-        advantages=advantages.flatten().to(torch.float32),
-    )
+        response, end = at + len(prompt.token_ids), at + len(prompt.token_ids) + len(sample.token_ids)
+        ids[at:response] = prompt.token_ids
+        ids[response:end] = sample.token_ids
+        values[response:end] = sample.logprobs
+        at = end
+    return TrainBatch(tokens, lengths, prompt_lengths, logprobs, advantages.flatten().to(torch.float32))
 
 
 def plan_microbatches(lengths: Sequence[int], *, max_tokens: int, data_parallel_size: int) -> list[list[list[int]]]:
@@ -150,9 +148,9 @@ def pack(
     )
     boundaries = [*lengths, tail] if tail else lengths
     return MicroBatch(
-        tokens=torch.where(is_tail, 0, batch.tokens[rows]),
+        tokens=torch.where(is_tail, 0, batch.tokens[rows]).long(),
         positions=torch.cat([torch.arange(n) for n in boundaries]),
-        targets=of_targets(batch.tokens),
+        targets=of_targets(batch.tokens).long(),
         mask=mask,
         sequence=sequence,
         advantages=torch.where(mask, batch.advantages[sequence.clamp(min=0)], 0.0),

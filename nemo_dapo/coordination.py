@@ -133,7 +133,7 @@ def share_batch(batch: TrainBatch | None, group: dist.ProcessGroup | None) -> Tr
         return values
 
     return TrainBatch(
-        tokens=share("tokens", tokens, torch.int64),
+        tokens=share("tokens", tokens, torch.int32),
         lengths=share("lengths", sequences, torch.int64),
         prompt_lengths=share("prompt_lengths", sequences, torch.int64),
         rollout_logprobs=share("rollout_logprobs", tokens, torch.float32),

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -52,24 +55,46 @@ class VersionSpan:
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """One response, as the rollout engine returned it.
+    """One response of R tokens, as the rollout engine returned it.
 
-    `token_ids` ends with the end-of-sequence token when the model produced one; `logprobs[t]` is the engine's own
-    log-probability (nats) of `token_ids[t]`; `finish_reason` is `stop` (the model ended), `length` (cut at `max_tokens`)
-    or `abort`. `text` is the decoded response without special tokens.
+    `token_ids` [R] int32 ends with the end-of-sequence token when the model produced one; `logprobs` [R] float32 holds the
+    engine's own log-probability (nats) of each; `finish_reason` is `stop` (the model ended), `length` (cut at `max_tokens`)
+    or `abort`. `text` is the decoded response without special tokens. Both arrays are read-only, made from whatever
+    sequence is given: eight bytes a token, where Python's own numbers take eighty.
     """
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
     text: str
     finish_reason: str
     versions: tuple[VersionSpan, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", _read_only(self.token_ids, np.int32))
+        object.__setattr__(self, "logprobs", _read_only(self.logprobs, np.float32))
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.token_ids.tobytes(), self.logprobs.tobytes(), self.text, self.finish_reason, self.versions
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sample) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
     @property
     def truncated(self) -> bool:
         return self.finish_reason == "length"
+
+
+def _read_only(values: Any, dtype: type) -> NDArray[Any]:
+    array: NDArray[Any] = np.asarray(values, dtype)
+    if array.flags.writeable:
+        array = array.copy()
+        array.flags.writeable = False
+    return array
 
 
 @dataclass(frozen=True)
@@ -111,7 +136,7 @@ class TrainBatch:
 
     Example with two sequences, `p` prompt and `r` response tokens:
 
-        tokens            p p p r r | p p r r r      [T]  int64, sequences back to back
+        tokens            p p p r r | p p r r r      [T]  int32, sequences back to back
         lengths           5, 5                       [B]  int64
         prompt_lengths    3, 2                       [B]  int64
         rollout_logprobs  0 0 0 a b | 0 0 c d e      [T]  float32, of tokens[t]; 0 on prompt tokens

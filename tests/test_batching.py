@@ -211,7 +211,7 @@ def test_minibatches_are_few_even_whole_and_within_the_size(groups: int, group_s
 def test_an_empty_batch_has_no_minibatches() -> None:
     empty = make_batch([], torch.zeros(0, 2))
     assert minibatches(empty, 4, 2) == []
-    assert empty.tokens.dtype == torch.int64
+    assert empty.tokens.dtype == torch.int32
 
 
 def test_a_selected_minibatch_packs_like_the_whole() -> None:

@@ -29,7 +29,7 @@ WORK_SECONDS = 7.0  # longer than the timeout of the group: without words in bet
 def batch_of(lengths: list[int], prompt_lengths: list[int]) -> TrainBatch:
     tokens = sum(lengths)
     return TrainBatch(
-        tokens=torch.arange(tokens) + 5,
+        tokens=torch.arange(tokens, dtype=torch.int32) + 5,
         lengths=torch.tensor(lengths, dtype=torch.int64),
         prompt_lengths=torch.tensor(prompt_lengths, dtype=torch.int64),
         rollout_logprobs=-torch.arange(tokens, dtype=torch.float32) / 7,

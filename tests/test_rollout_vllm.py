@@ -49,7 +49,7 @@ def hf_model(path: Path, change: float = 0.0) -> PreTrainedModel:
 
 def hf_logprobs(model: PreTrainedModel, sample: Sample, temperature: float = 1.0) -> torch.Tensor:
     """Log-probability of each response token: [R] float32."""
-    ids = torch.tensor([PROMPT.token_ids + sample.token_ids])
+    ids = torch.tensor([[*PROMPT.token_ids, *sample.token_ids.tolist()]])
     with torch.no_grad():
         logits = model(ids).logits[0, len(PROMPT.token_ids) - 1 : -1] / temperature  # [R, V]
     return torch.log_softmax(logits, -1).gather(1, ids[0, len(PROMPT.token_ids) :, None])[:, 0]
@@ -113,7 +113,7 @@ def test_logprobs_are_those_of_the_sampled_distribution_at_another_temperature(v
 
 def test_samples_of_one_prompt_differ_and_end_with_their_end_token(vllm_engine):
     samples = sample(vllm_engine, n=64, max_tokens=256)
-    assert len({s.token_ids for s in samples}) == 64
+    assert len({s.token_ids.tobytes() for s in samples}) == 64
     ended = [s for s in samples if s.finish_reason == "stop"]
     assert ended  # the chance that none of 64 x 256 tokens over 320 ids is the end token is nil
     for s in samples:

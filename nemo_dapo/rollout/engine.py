@@ -242,11 +242,10 @@ class VLLMEngine:
                 request.exception()  # seen: whatever it was, it came too late
 
     def _as_sample(self, answer: answers.Answer) -> Sample:
-        token_ids = tuple(answer.token_ids.tolist())
         return Sample(
-            token_ids=token_ids,
-            logprobs=tuple(answer.logprobs.tolist()),
-            text=self.tokenizer.decode(token_ids, skip_special_tokens=True),
+            token_ids=answer.token_ids,
+            logprobs=answer.logprobs,
+            text=self.tokenizer.decode(answer.token_ids, skip_special_tokens=True),
             finish_reason=answer.finish_reason,
             versions=answer.versions,
         )

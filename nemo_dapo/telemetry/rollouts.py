@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -143,8 +144,8 @@ def read_rollouts(path: Path) -> list[RecordedGroup]:
 def _recorded(rows: list[dict[str, Any]]) -> RecordedGroup:
     samples = tuple(
         Sample(
-            token_ids=tuple(row["token_ids"]),
-            logprobs=tuple(row["logprobs"]),
+            token_ids=np.array(row["token_ids"], np.int32),
+            logprobs=np.array(row["logprobs"], np.float32),
             text=row["response"],
             finish_reason=row["finish_reason"],
             versions=tuple(VersionSpan(**span) for span in row["versions"]),
@@ -215,7 +216,7 @@ def _sample(sample: Sample) -> dict[str, Any]:
         "finish_reason": sample.finish_reason,
         "token_ids": sample.token_ids,
         "logprobs": sample.logprobs,
-        "mean_logprob": sum(sample.logprobs) / len(sample.logprobs) if sample.logprobs else None,
+        "mean_logprob": float(sample.logprobs.mean(dtype="float64")) if len(sample.logprobs) else None,
         "versions": [{"version": v.version, "start": v.start, "end": v.end} for v in sample.versions],
     }
 
