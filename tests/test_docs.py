@@ -9,7 +9,6 @@ import re
 import shlex
 import textwrap
 import typing
-from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -82,10 +81,12 @@ def values_set(code: str) -> list[str]:
 
 @cache
 def texts_in_the_code() -> tuple[str, ...]:
-    """Constant parts of every string, adjacent literals joined as Python joins them."""
+    """Constant parts of every string but docstrings; adjacent literals are joined as Python joins them."""
     files = [*(ROOT / "nemo_dapo").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
-    nodes: Iterator[ast.AST] = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
-    return tuple(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    strings = [node for node in nodes if isinstance(node, ast.Constant) and node not in docstrings]
+    return tuple(node.value for node in strings if isinstance(node.value, str))
 
 
 @every_page
