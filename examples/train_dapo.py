@@ -66,13 +66,23 @@ def train(config: RunConfig, ending: Ending) -> None:
             with_reference=config.algorithm.kl_coeff > 0,
         )
         controller = lead(lambda: asyncio.wrap_future(pending) if pending else never(), group)
-        DAPOTrainer(config, run_dir, policy, controller, group, phase=ending.phase).fit()
+        ending.signals.saves_first = config.checkpoint.on_signal
+        signalled = ending.signals.asked
+        trainer = DAPOTrainer(config, run_dir, policy, controller, group, phase=ending.phase, stop=signalled)
+        trainer.fit()
+        steps = trainer.progress.rollout_steps
+        if steps < config.trainer.max_steps:
+            stack.close()
+            ending.saved(steps)
         if config.checkpoint.export:
             with ending.phase.enter("export"):
                 policy.save_hf(run_dir / "trained")
     if ending.heartbeat:
         ending.heartbeat.stop()
     parallel.shut_down()
+    if is_rank_zero():
+        exported = f", the model is in {run_dir / 'trained'}" if config.checkpoint.export else ""
+        print(f"done: {config.trainer.max_steps} steps{exported}", flush=True)
 
 
 def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack) -> Future[Any]:

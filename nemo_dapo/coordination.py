@@ -38,7 +38,7 @@ class LeaderFailedError(RuntimeError):
 
 
 class StoppedError(Exception):
-    """Rank 0 was asked to stop in the middle of its work, which was cancelled."""
+    """The run was asked to stop; what rank 0 was at, if anything, was cancelled."""
 
 
 def lead(
@@ -146,3 +146,10 @@ def share_number(value: int, group: dist.ProcessGroup | None) -> int:
     shared = torch.tensor(value)
     dist.broadcast(shared, src=0, group=group)
     return int(shared)
+
+
+def is_true_anywhere(flag: bool, group: dist.ProcessGroup | None) -> bool:
+    """Whether `flag` holds on some rank, on every rank."""
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+    return bool(flags)

@@ -8,6 +8,7 @@ ratio's denominator is recomputed by the trainer, because vLLM's own log-probabi
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,15 @@ from nemo_dapo import checkpoint
 from nemo_dapo.batching import minibatches
 from nemo_dapo.config import Resume, RunConfig
 from nemo_dapo.controller import Controller, Rollout
-from nemo_dapo.coordination import found_alike, lead, never, share_batch, share_number
+from nemo_dapo.coordination import (
+    StoppedError,
+    found_alike,
+    is_true_anywhere,
+    lead,
+    never,
+    share_batch,
+    share_number,
+)
 from nemo_dapo.interfaces import NonFiniteGradientError, Policy
 from nemo_dapo.loss import load_loss_fn
 from nemo_dapo.phase import Phase
@@ -54,8 +63,11 @@ class DAPOTrainer:
         group: Any,
         *,
         phase: Phase | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
-        self.phase = phase or Phase()
+        """`stop`, rank 0's, when set, has the run save and end: after the step that it is in, or at once in a rollout."""
+        self.phase, self.stop = phase or Phase(), stop or threading.Event()
+        self.saved = 0  # rollout steps of the newest checkpoint
         self.config, self.policy, self.controller, self.group = config, policy, controller, group
         self.checkpoints = run_dir / "checkpoints"
         self.loss_fn = load_loss_fn(config.algorithm)
@@ -71,19 +83,31 @@ class DAPOTrainer:
             self.evaluate()
             self.log()
         while self.progress.rollout_steps < self.config.trainer.max_steps:  # line 1
-            self.phase.step = self.progress.rollout_steps + 1
-            with self.timed("step"):
-                batch, rollout = self.collect()  # lines 2 and 4 to 9
-                old_logprobs = self.old_logprobs(batch)  # line 3
-                for chosen in self.minibatches(batch):  # line 10
-                    self.update(batch, chosen, old_logprobs, rollout)  # line 11
-                self.progress.rollout_steps += 1
-                self.sync_weights()
+            state = self.state()
+            try:
+                self.step()
+            except StoppedError:  # in the rollout: nothing was trained on yet, and its prompts are to come again
+                if self.saved != self.progress.rollout_steps:
+                    self.save(state)
+                return
             self.evaluate_when_due()
             self.save_when_due()
             self.log()
 
     # ---------------------------------------------------------------- one step
+
+    def step(self) -> None:
+        """Lines 2 to 11. Raises StoppedError on every rank where one was asked to stop before the rollout is there."""
+        self.phase.step = self.progress.rollout_steps + 1
+        if is_true_anywhere(self.stop.is_set(), self.group):
+            raise StoppedError
+        with self.timed("step"):
+            batch, rollout = self.collect()  # lines 2 and 4 to 9
+            old_logprobs = self.old_logprobs(batch)  # line 3
+            for chosen in self.minibatches(batch):  # line 10
+                self.update(batch, chosen, old_logprobs, rollout)  # line 11
+            self.progress.rollout_steps += 1
+            self.sync_weights()
 
     def minibatches(self, batch: TrainBatch) -> list[Tensor]:
         """The sequences of each optimizer step."""
@@ -94,7 +118,7 @@ class DAPOTrainer:
         self.record = {}
         controller, step = self.controller, self.progress.rollout_steps + 1
         with self.phase.enter("rollout"):
-            rollout = lead(lambda: controller.collect(step) if controller else never(), self.group)
+            rollout = lead(lambda: controller.collect(step) if controller else never(), self.group, self.stop)
             if rollout is not None and controller is not None:
                 controller.engine.sleep()
                 self.record |= {name: Last(value) for name, value in rollout.metrics.items()}
@@ -184,8 +208,11 @@ class DAPOTrainer:
 
     def evaluate(self) -> None:
         controller, step = self.controller, self.progress.rollout_steps
-        with self.timed("eval"):
-            result = lead(lambda: controller.evaluate(step) if controller else never(), self.group)
+        try:
+            with self.timed("eval"):
+                result = lead(lambda: controller.evaluate(step) if controller else never(), self.group, self.stop)
+        except StoppedError:  # the step itself is done: it is recorded and saved
+            return
         if result is not None:
             self.record |= {f"eval/{name}": Last(value) for name, value in result.metrics().items()}
             accuracies = [one.avg.value for one in result.sets.values()]
@@ -194,10 +221,13 @@ class DAPOTrainer:
     def save_when_due(self) -> None:
         every, step = self.config.checkpoint.every, self.progress.rollout_steps
         if step == self.config.trainer.max_steps or (every and step % every == 0):
-            self.save()
+            self.save(self.state())
 
-    def save(self) -> None:
-        state = None if self.controller is None else self.controller.state_dict() | {"progress": asdict(self.progress)}
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint holds beside the policy, on rank 0."""
+        return None if self.controller is None else self.controller.state_dict() | {"progress": asdict(self.progress)}
+
+    def save(self, state: dict[str, Any] | None) -> None:
         if self.controller is not None:
             self.controller.export_statistics()
         with self.timed("save"):
@@ -209,6 +239,7 @@ class DAPOTrainer:
                 keep=self.config.checkpoint.keep,
                 group=self.group,
             )
+        self.saved = self.progress.rollout_steps
 
     def resume(self) -> None:
         """Go on from the newest complete checkpoint, unless checkpoint.resume=never or there is none."""
@@ -222,6 +253,7 @@ class DAPOTrainer:
         with self.phase.enter("load"):
             state = checkpoint.load(self.checkpoints, step, self.policy)
         self.progress = Progress(**state["progress"])
+        self.saved = self.progress.rollout_steps
         if self.controller is not None:
             self.controller.load_state_dict(state)
             print(f"resumed from {self.checkpoints} at {self.progress}", flush=True)

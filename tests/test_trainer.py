@@ -5,7 +5,10 @@ Policy and controller are stubs here; the real ones run under this loop in test_
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,9 @@ class Stub:
     def wake_up(self) -> None:
         self.calls.append("wake up")
 
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
     async def collect(self, step: int) -> Rollout:
         self.calls.append(f"collect {step}")
         return rollout_of(["first", "second"])
@@ -81,6 +87,54 @@ class Stub:
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         self.records.append({"step": step, **metrics})
+
+
+class StoppedInTheRollout(Stub):
+    """Rank 0 is signalled while it samples the second step, whose prompts have been drawn already."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        super().__init__()
+        self.stop, self.drawn = stop, 0
+
+    async def collect(self, step: int) -> Rollout:
+        self.drawn += 1
+        if step == 2:
+            self.stop.set()
+            await asyncio.sleep(600)
+        return await super().collect(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": self.drawn}
+
+    def export_statistics(self) -> None:
+        pass
+
+    def save(self, path: Path) -> None:
+        self.calls.append("save")
+
+
+def test_a_stop_in_the_rollout_saves_the_step_before_it_with_the_prompts_still_to_come(tmp_path: Path) -> None:
+    stop = threading.Event()
+    stub = StoppedInTheRollout(stop)
+    made = trainer(stub, tmp_path)
+    made.stop = stop
+    made.fit()
+    assert made.progress.rollout_steps == 1
+    assert stub.calls[-1] == "save"
+    (saved,) = (tmp_path / "checkpoints").glob("step_*")
+    assert saved.name == "step_000001"
+    assert json.loads((saved / "state.json").read_text())["drawn"] == 1
+
+
+def test_a_stop_between_two_steps_saves_once(tmp_path: Path) -> None:
+    stop = threading.Event()
+    stub = StoppedInTheRollout(stop)
+    made = trainer(stub, tmp_path)
+    made.stop = stop
+    made.save_when_due = lambda: (made.save(made.state()), stop.set())  # type: ignore[method-assign]
+    made.fit()
+    assert made.progress.rollout_steps == 1
+    assert stub.calls.count("save") == 1
 
 
 def trainer(stub: Stub, folder: Path, **algorithm: Any) -> DAPOTrainer:
