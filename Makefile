@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-fast check docs bench clean
+.PHONY: setup demo test test-fast check docs bench faults clean
 
 setup: $(VENV)/.complete
 
@@ -46,6 +46,9 @@ docs: setup
 bench: setup
 	$(BIN)/python benchmarks/verifier.py
 	$(BIN)/python benchmarks/rollout.py
+
+faults: setup
+	$(BIN)/python benchmarks/rank_faults.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

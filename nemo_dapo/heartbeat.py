@@ -1,9 +1,10 @@
 """Which rank is silent, and where the others are: what no collective can say, since all it knows is that somebody is late.
 
-A thread of each rank writes every few seconds what the rank is at to torch.distributed's store, on a connection of its own.
-It beats also while the main thread waits in a collective, which releases the interpreter's lock; a rank that is stopped, or
-whose host is gone, does not. Rank 0 reads all beats, the others that of rank 0. Whoever finds one silent for too long says
-so once for the job; then every rank that can writes its stacks to `errors/rank_N.stacks` and the job ends.
+A thread of each rank writes what the rank is at, every few seconds and whenever that changes, to torch.distributed's store,
+on a connection of its own. It beats also while the main thread waits in a collective, which releases the interpreter's
+lock; a rank that is stopped, or whose host is gone, does not. Rank 0 reads all beats, the others that of rank 0. Whoever
+finds one silent for too long says so once for the job; then every rank that can writes its stacks to `errors/rank_N.stacks`
+and the job ends.
 
 The store lives in torchrun. Where it does not answer, nothing is concluded of anybody.
 """
@@ -75,6 +76,7 @@ class Heartbeat:
         self.beats: dict[int, Beat] = {}
         self.heard: dict[int, float] = {}  # when a beat last changed, by this rank's monotonic clock
         self.count = 0
+        self.has_judged = False
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -87,6 +89,7 @@ class Heartbeat:
     def stop(self) -> None:
         """This rank is done: nobody waits for its beat any more."""
         self.ended.set()
+        self.phase.changed.set()
         self.thread.join(timeout=STORE_SECONDS)
         self._try(lambda: self.store.set(str(self.rank), ENDED))
 
@@ -115,7 +118,9 @@ class Heartbeat:
 
     def _run(self) -> None:
         looked = time.monotonic()
-        while not self.ended.wait(self.interval):
+        while not self.ended.is_set():
+            self.phase.changed.wait(self.interval)
+            self.phase.changed.clear()
             answered = self._try(self._beat) and self._try(self._look)
             if not answered or time.monotonic() - looked > self.timeout / 2:
                 # The store was away, or this process: a suspended job wakes up rank by rank.
@@ -135,7 +140,7 @@ class Heartbeat:
         self.store.set(str(self.rank), json.dumps([self.count, socket.gethostname(), at.name, at.step, at.since]))
 
     def _look(self) -> None:
-        if self.store.check([VERDICT]):
+        if not self.has_judged and self.store.check([VERDICT]):
             self._end(self.store.get(VERDICT).decode(), speaks=False)
         now = time.monotonic()
         found = self._read(self.watched)
@@ -152,6 +157,7 @@ class Heartbeat:
 
     def _pronounce(self, message: str, silent: Sequence[int]) -> None:
         """Say it for the whole job, unless another rank was first; end this rank."""
+        self.has_judged = True  # beside the main thread, which may be the one that judges, the heartbeat goes on
         speaks = self.first_to_say(VERDICT)
         if speaks:
             self._try(lambda: self.store.set(VERDICT, message))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,16 @@ class Phase:
     name: str = "start"
     step: int = 0
     since: float = field(default_factory=time.time)
+    changed: threading.Event = field(default_factory=threading.Event)  # for the heartbeat to say so at once
 
     @contextmanager
     def enter(self, name: str) -> Iterator[None]:
         """Within the block this rank is in `name`; afterwards, unless an error ends it, again where it was."""
         before = self.name
-        self.name, self.since = name, time.time()
+        self._set(name)
         yield
-        self.name, self.since = before, time.time()
+        self._set(before)
+
+    def _set(self, name: str) -> None:
+        self.name, self.since = name, time.time()
+        self.changed.set()

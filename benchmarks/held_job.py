@@ -1,0 +1,76 @@
+"""The job of rank_faults.py: examples/train_dapo.py itself, lingering in one phase, with an engine that needs no server.
+
+    held_job.py FOLDER PHASE SECONDS scripted|real [options of train_dapo.py]
+
+Every rank that enters PHASE of step 2 leaves a file `FOLDER/held_RANK` and stays SECONDS before it goes on.
+"""
+
+from nemo_dapo.launcher import end_with_launcher
+
+end_with_launcher()
+
+import os
+import random
+import runpy
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_dapo.phase import Phase
+from nemo_dapo.types import Prompt, Sample, SamplingParams
+
+FOLDER, PHASE, SECONDS, ENGINE = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4]
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_dapo.py"
+STEP = 2
+
+
+class ScriptedEngine:
+    """Random byte tokens at log-probability 0: what is sampled does not matter here."""
+
+    version = 0
+
+    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+        return [self._sample(random.randrange(4, 17)) for _ in range(n)]
+
+    @staticmethod
+    def _sample(length: int) -> Sample:
+        tokens = tuple(random.randrange(2, 250) for _ in range(length))
+        return Sample(tokens, (0.0,) * length, "x" * length, "length")
+
+    def update_weights(self, weights: Iterable[Any], version: int) -> None:
+        for _ in weights:
+            self.version = version
+
+    def sleep(self) -> None: ...
+
+    def wake_up(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def linger() -> None:
+    enter = Phase.enter
+
+    @contextmanager
+    def held(self: Phase, name: str) -> Iterator[None]:
+        with enter(self, name):
+            if name == PHASE and self.step == STEP and not (FOLDER / f"held_{os.environ['RANK']}").exists():
+                time.sleep(1.0)  # for the heartbeat to tell
+                (FOLDER / f"held_{os.environ['RANK']}").touch()
+                time.sleep(SECONDS)
+            yield
+
+    Phase.enter = held  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    linger()
+    if ENGINE == "scripted":
+        from nemo_dapo.rollout.engine import VLLMEngine
+
+        VLLMEngine.prepare = lambda *_, **__: ScriptedEngine()  # type: ignore[method-assign]
+    sys.argv = [str(SCRIPT), *sys.argv[5:]]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
