@@ -40,7 +40,7 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "config.yaml"
 
 def train(config: RunConfig, ending: Ending) -> None:
     """Build policy, engine, rewarder and data, hand them to the trainer and run it."""
-    from nemo_dapo.coordination import lead, never
+    from nemo_dapo.coordination import lead, never, share_number
     from nemo_dapo.heartbeat import Heartbeat
     from nemo_dapo.megatron import parallel
 
@@ -73,7 +73,7 @@ def train(config: RunConfig, ending: Ending) -> None:
         steps = trainer.progress.rollout_steps
         if steps < config.trainer.max_steps:
             stack.close()
-            ending.saved(steps)
+            ending.saved(share_number(steps, group))  # once rank 0 has ended its servers
         if config.checkpoint.export:
             with ending.phase.enter("export"):
                 policy.save_hf(run_dir / "trained")

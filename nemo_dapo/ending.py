@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # a rank can end before torch is imported, or because it is m
 
 CONSEQUENCE_SECONDS = 60.0  # twice what ending the servers may take
 ALIKE_SECONDS = 10.0  # for rank 0 to say what every rank finds in its options
+LAST_WORD_SECONDS = 1.0  # for rank 0's, before the first exit has torchrun end all ranks
 FAILED, BAD_OPTIONS = 1, 2  # exit codes
 
 
@@ -97,14 +98,13 @@ class Ending:
         self.exit(FAILED)
 
     def saved(self, step: int) -> NoReturn:
-        """After a checkpoint that a signal asked for."""
+        """After a checkpoint that a signal asked for; every rank calls it at the same time."""
         self.signals.saves_first = False
-        if self.heartbeat:
-            self.heartbeat.stop()
         if self.rank:
-            time.sleep(CONSEQUENCE_SECONDS)
-        name = self.signals.name or "a signal to another rank"
-        say(f"stopped by {name} after step {step}, which is saved: the same command goes on from there")
+            time.sleep(LAST_WORD_SECONDS)
+        else:
+            name = self.signals.name or "a signal to another rank"
+            say(f"stopped by {name} after step {step}, which is saved: the same command goes on from there")
         self.exit(SAVED_EXIT_CODE)
 
     def exit(self, code: int) -> NoReturn:

@@ -26,6 +26,7 @@ from nemo_dapo.redaction import secrets_in
 
 ENVIRONMENT = "run `make setup` in the checkout and start with .venv/bin/python (see README.md)"
 CONTAINER = "in NVIDIA's NeMo container `pip install --no-deps -r requirements/ngc.txt`"
+QUIET = {"megatron": logging.WARNING, "httpx": logging.WARNING, "nv_one_logger": logging.ERROR}
 INSTALL = {
     "torch": ENVIRONMENT,
     "transformers": ENVIRONMENT,
@@ -64,6 +65,7 @@ def start(
                 for remark in schema.remarks(run):
                     print(f"note: {remark}", file=sys.stderr, flush=True)
                 print("importing NeMo and Megatron (about 20 s)", flush=True)
+        quiet_libraries()
         from nemo.core.config import hydra_runner
 
         @hydra_runner(config_path=str(config.parent), config_name=config.stem)
@@ -83,9 +85,18 @@ def refuse_secrets(arguments: list[str]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Leave out hundreds of lines a rank that say nothing of the run; call it after NeMo has set logging up."""
-    for name in ("megatron", "nv_one_logger", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    """Leave out hundreds of lines a rank that say nothing of the run; call it before the libraries are imported, and once
+    more after NeMo has set logging up."""
+    os.environ.setdefault("MEGATRON_SUPPRESS_FUSION_WARNINGS", "1")
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
+    for name in ("configuration_utils", "modeling_utils"):
+        logging.getLogger(f"transformers.{name}").addFilter(is_no_deprecation)
+
+
+def is_no_deprecation(record: logging.LogRecord) -> bool:
+    """Megatron-Bridge calls transformers by names that are deprecated there: nothing that a user could change."""
+    return "is deprecated!" not in str(record.msg)
 
 
 def is_rank_zero() -> bool:
