@@ -43,15 +43,19 @@ def load_checkpoint(config: RunConfig, engine: VLLMEngine) -> None:
     """Give the servers, which started on model.path, the weights of a training checkpoint of any parallel layout.
 
     One process loads it with its optimizer state: for models beyond one device use the run's exported `trained/` folder.
+    Raises ValueError for a damaged one and for one of another model.
     """
+    from nemo_dapo import checkpoint
     from nemo_dapo.megatron import parallel
 
     parallel.initialize(config.parallel, config.seed)
+    place = Path(config.evaluation.checkpoint)
+    checkpoint.require_whole(place, Path(config.model.path), parallel.control_group(config.parallel.timeout_minutes))
     from nemo_dapo.megatron.policy import MegatronPolicy
 
     tokens = config.trainer.tokens_per_microbatch
     policy = MegatronPolicy(config.model, config.parallel, config.optimizer, tokens_per_microbatch=tokens)
-    policy.load(Path(config.evaluation.checkpoint) / "policy")
+    policy.load(place / "policy")
     engine.update_weights(policy.export_weights(), 1)
     parallel.shut_down()
 

@@ -46,7 +46,7 @@ def train(config: RunConfig, ending: Ending) -> None:
 
     parallel.initialize(config.parallel, config.seed)
     from nemo_dapo.megatron.policy import MegatronPolicy
-    from nemo_dapo.trainer import DAPOTrainer
+    from nemo_dapo.trainer import DAPOTrainer, find_checkpoint
 
     run_dir = Path(config.output_dir)
     group = parallel.control_group(config.parallel.timeout_minutes)
@@ -56,7 +56,9 @@ def train(config: RunConfig, ending: Ending) -> None:
         )
         ending.heartbeat.start(group)
     with ExitStack() as stack, ending.says_at_once():
-        pending = start_controller(config, run_dir, stack) if is_rank_zero() else None
+        with ending.phase.enter("load"):
+            resumed = find_checkpoint(config, run_dir, group)
+        pending = start_controller(config, run_dir, stack, resumed) if is_rank_zero() else None
         policy = MegatronPolicy(
             config.model,
             config.parallel,
@@ -68,7 +70,9 @@ def train(config: RunConfig, ending: Ending) -> None:
         controller = lead(lambda: asyncio.wrap_future(pending) if pending else never(), group)
         ending.signals.saves_first = config.checkpoint.on_signal
         signalled = ending.signals.asked
-        trainer = DAPOTrainer(config, run_dir, policy, controller, group, phase=ending.phase, stop=signalled)
+        trainer = DAPOTrainer(
+            config, run_dir, policy, controller, group, resumed=resumed, phase=ending.phase, stop=signalled
+        )
         trainer.fit()
         steps = trainer.progress.rollout_steps
         if steps < config.trainer.max_steps:
@@ -85,11 +89,10 @@ def train(config: RunConfig, ending: Ending) -> None:
         print(f"done: {config.trainer.max_steps} steps{exported}", flush=True)
 
 
-def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack) -> Future[Any]:
+def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack, resumed: int | None) -> Future[Any]:
     """Rank 0's side; the servers start in a thread of their own while the policy is built."""
     from transformers import AutoTokenizer
 
-    from nemo_dapo import checkpoint
     from nemo_dapo.controller import Controller
     from nemo_dapo.data.curriculum import Curriculum
     from nemo_dapo.data.load import load_run_data
@@ -105,7 +108,6 @@ def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack) -> Futu
     data = load_run_data(config.data, tokenizer, config.rollout.max_prompt_length)
     for report in data.reports:
         print(report, flush=True)
-    resumed = checkpoint.latest(run_dir / "checkpoints") if config.checkpoint.resume is schema.Resume.auto else None
     if resumed is None:
         start_anew(run_dir)
     write_manifest(run_dir / "manifest.json", config, data.reports)

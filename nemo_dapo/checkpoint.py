@@ -1,68 +1,122 @@
-"""A checkpoint is one directory: the policy's shards and `state.json` with everything else a run needs to go on.
+"""A checkpoint is one directory: the policy's shards, `state.json` with everything else a run needs to go on, a manifest.
 
-It is written beside its place and renamed into it: a directory called `step_*` is complete, whenever the job was killed.
+It is written beside its place and renamed into it, so a directory called `step_*` was complete when it was named, whenever
+the job was killed. Whether it still is, the manifest's digests tell: they are checked before anything is read. Ranks write,
+hash and check their shares, and act as one: on what one of them finds, all of them decide alike.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from nemo_dapo import digests, hf_folder
+from nemo_dapo.collectives import gather_json
+from nemo_dapo.coordination import found_alike
+from nemo_dapo.digests import FileDigest
 from nemo_dapo.interfaces import Policy
 
-FORMAT = 1
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+REMEDY = "restore one from a copy, or start anew with checkpoint.resume=never"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the earlier ones are intact."""
 
 
 def latest(directory: Path) -> int | None:
-    """Rollout step of the newest complete checkpoint under `directory`; None when there is none."""
+    """Rollout step of the newest checkpoint under `directory` by its name; None when there is none. See `choose`."""
     steps = _steps(directory)
     return steps[-1] if steps else None
 
 
+# ---------------------------------------------------------------- writing
+
+
 def save(directory: Path, step: int, policy: Policy, state: Mapping[str, Any] | None, *, keep: int, group: Any) -> Path:
-    """Write the checkpoint of `step` and remove all but the newest `keep`. Collective; `state` (JSON) is rank 0's."""
+    """Write the checkpoint of `step` and remove all but the newest `keep` (0: none). Collective; `state` is rank 0's.
+
+    Raises CheckpointError, on every rank, where one of them could not write; what was written of it is then removed.
+    """
     place, beside = directory / _name(step), directory / f".{_name(step)}.writing"
-    if dist.get_rank() == 0:
-        _clean(directory)
-        (beside / "policy").mkdir(parents=True)
-    dist.barrier(group=group)
-    policy.save(beside / "policy")
-    dist.barrier(group=group)
-    if dist.get_rank() == 0:
-        _write_durably(beside / "state.json", json.dumps({"format": FORMAT, "step": step} | dict(state or {})))
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(beside, place)
-        _sync_directory(directory)
-        for old in _steps(directory)[:-keep]:
-            # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under its name.
-            os.replace(directory / _name(old), directory / f".{_name(old)}.removing")
-        _clean(directory)
+    leads = dist.get_rank() == 0
+    try:
+        _on_every_rank(lambda: _make_empty(directory, beside) if leads else None, group)
+        parts = _on_every_rank(lambda: _write_policy(policy, beside), group)
+        files = {name: FileDigest(**one) for part in parts for name, one in part.items()}
+        content = {"step": step} | dict(state or {})
+        _on_every_rank(lambda: _complete(beside, place, content, files) if leads else None, group)
+    except CheckpointError as error:
+        if leads:
+            shutil.rmtree(beside, ignore_errors=True)  # its space is needed
+        raise CheckpointError(f"checkpoint {place} was not written: {error}") from error
+    if leads:
+        _remove_old(directory, keep)
     dist.barrier(group=group)
     return place
 
 
-def load(directory: Path, step: int, policy: Policy) -> dict[str, Any]:
-    """Restore the policy from the checkpoint of `step` and return its state. Collective.
+def _on_every_rank(work: Callable[[], Any], group: Any) -> list[Any]:
+    """What `work` returned on each rank. Raises CheckpointError on all of them when it failed on one."""
+    value, problem = None, ""
+    try:
+        value = work()
+    except Exception as error:  # told to the others, who would wait for this rank
+        problem = f"{type(error).__name__}: {error}"
+        log.debug("while writing a checkpoint", exc_info=True)
+    everyone = gather_json([value, problem], group)
+    failed = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(everyone) if problem]
+    if failed:
+        raise CheckpointError(digests.said(failed, most=1))
+    return [value for value, _ in everyone]
 
-    Raises ValueError for a format that this version does not read.
-    """
-    place = directory / _name(step)
-    state: dict[str, Any] = json.loads((place / "state.json").read_text())
-    if state.get("format") != FORMAT:
-        raise ValueError(
-            f"{place} has checkpoint format {state.get('format')}, expected {FORMAT}; resume with the version that wrote "
-            "it, or start anew with checkpoint.resume=never"
-        )
-    policy.load(place / "policy")
-    return state
+
+def _make_empty(directory: Path, beside: Path) -> None:
+    _clean(directory)
+    (beside / "policy").mkdir(parents=True)
+
+
+def _write_policy(policy: Policy, beside: Path) -> dict[str, Any]:
+    """Digests of the files that this rank wrote, by their names in the checkpoint."""
+    files = policy.save(beside / "policy")
+    for file in files:
+        _sync(file)
+    return {str(file.relative_to(beside)): asdict(digests.digest(file)) for file in files}
+
+
+def _complete(beside: Path, place: Path, state: Mapping[str, Any], files: Mapping[str, FileDigest]) -> None:
+    _write_durably(beside / "state.json", json.dumps(state))
+    digest = {"state.json": digests.digest(beside / "state.json")}
+    _write_durably(beside / digests.NAME, digests.render(FORMAT, {**files, **digest}))
+    _sync(beside / "policy")
+    _sync(beside)
+    if place.exists():
+        os.replace(place, place.with_name(f".{place.name}.removing"))
+    os.replace(beside, place)
+    _sync(place.parent)
+
+
+def _remove_old(directory: Path, keep: int) -> None:
+    """All but the newest `keep`; where that fails, the new one is complete all the same."""
+    try:
+        for old in _steps(directory)[:-keep]:
+            # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under its name.
+            os.replace(directory / _name(old), directory / f".{_name(old)}.removing")
+        _clean(directory)
+    except OSError as error:
+        log.warning("an old checkpoint could not be removed: %s", error)
 
 
 def set_aside(directory: Path) -> Path | None:
@@ -72,6 +126,113 @@ def set_aside(directory: Path) -> Path | None:
     numbers = itertools.count(1)
     place = next(p for n in numbers if not (p := directory.with_name(f"{directory.name}.previous{n}")).exists())
     return directory.rename(place)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def choose(directory: Path, group: Any) -> int | None:
+    """Rollout step of the newest whole checkpoint under `directory`, the same on every rank; None when there is none.
+
+    Every file is read and compared with the manifest, its bytes spread over the ranks. A damaged one is named, with what is
+    wrong, and becomes `step_*.damaged`; the one before it is taken. Raises RuntimeError where there are some and none is
+    whole, ValueError for the format of another version. Collective.
+    """
+    steps = gather_json(_steps(directory) if dist.get_rank() == 0 else [], group)[0]  # one rank looks: file systems lag
+    damaged: dict[int, str] = {}
+    for step in reversed(steps):
+        problems = verify(directory / _name(step), group)
+        if not problems:
+            if dist.get_rank() == 0:
+                _put_away(directory, damaged, step)
+            dist.barrier(group=group)
+            return step
+        damaged[step] = digests.said(problems)
+    if not damaged:
+        return None
+    found = "; ".join(f"{_name(step)}: {problem}" for step, problem in damaged.items())
+    raise found_alike(RuntimeError(f"no checkpoint under {directory} is whole ({found}): {REMEDY}"))
+
+
+def verify(place: Path, group: Any) -> list[str]:
+    """What is wrong with the checkpoint `place`, one phrase a file, the same on every rank; empty when it is whole.
+
+    Raises ValueError for the format of another version. Collective: each rank reads its share of the files.
+    """
+    files, problem = _manifest(place)
+    mine = (
+        [problem] if problem else digests.damage(place, digests.shares(files, dist.get_world_size())[dist.get_rank()])
+    )
+    found = sorted({problem for one in gather_json(mine, group) for problem in one})
+    if not found and dist.get_rank() == 0:
+        found = _wrong_step(place)
+        for name in digests.unlisted(place, files):
+            print(f"{place / name} is no part of the checkpoint and is ignored", flush=True)
+    return list(gather_json(found, group)[0]) or found
+
+
+def require_whole(place: Path, model: Path, group: Any) -> None:
+    """Raises ValueError that says what is wrong with the checkpoint `place`, or how it is not one of the folder `model`."""
+    if problems := verify(place, group):
+        raise ValueError(f"checkpoint {place} is damaged ({digests.said(problems)}); restore it from a copy")
+    state = json.loads((place / "state.json").read_text())
+    if differing := hf_folder.differences(state["model"], hf_folder.fingerprint(model)):
+        raise ValueError(f"checkpoint {place} is of another model than model.path={model}: {'; '.join(differing)}")
+
+
+def read_state(directory: Path, step: int) -> dict[str, Any]:
+    """The `state` that was saved at `step`, with `step` itself."""
+    state: dict[str, Any] = json.loads((directory / _name(step) / "state.json").read_text())
+    return state
+
+
+def load(directory: Path, step: int, policy: Policy) -> None:
+    """Restore the policy from the checkpoint of `step`. Collective."""
+    policy.load(directory / _name(step) / "policy")
+
+
+def _manifest(place: Path) -> tuple[dict[str, FileDigest], str]:
+    """The files that make up `place`, or what is wrong with its manifest."""
+    try:
+        written, files = digests.parse((place / digests.NAME).read_text())
+    except FileNotFoundError:
+        return {}, f"{digests.NAME} is missing"
+    except OSError as error:
+        return {}, f"{digests.NAME} cannot be read ({error.strerror or error})"
+    except ValueError:
+        return {}, f"{digests.NAME} is not as it was written"
+    if written != FORMAT:
+        raise found_alike(
+            ValueError(
+                f"{place} has checkpoint format {written}, expected {FORMAT}; resume with the version that wrote it, or "
+                "start anew with checkpoint.resume=never"
+            )
+        )
+    return files, ""
+
+
+def _wrong_step(place: Path) -> list[str]:
+    """A whole checkpoint under another's name."""
+    state = json.loads((place / "state.json").read_text())
+    steps = {"step": state["step"], "progress": state.get("progress", {}).get("rollout_steps", state["step"])}
+    return [f"state.json is of {what} {step}" for what, step in steps.items() if _name(step) != place.name]
+
+
+def _put_away(directory: Path, damaged: Mapping[int, str], chosen: int) -> None:
+    """Say what is wrong with each newer one, and rename it: it must neither be tried again nor counted by `keep`."""
+    for step, problem in damaged.items():
+        numbers = itertools.count(1)
+        names = (f"{_name(step)}.damaged{'' if n == 1 else n}" for n in numbers)
+        name = next(name for name in names if not (directory / name).exists())
+        os.replace(directory / _name(step), directory / name)
+        print(
+            f"checkpoint {directory / _name(step)} is damaged ({problem}): going on from {_name(chosen)}; the damaged one "
+            f"is now {name}",
+            flush=True,
+        )
+
+
+# ---------------------------------------------------------------- names
 
 
 def _clean(directory: Path) -> None:
@@ -96,7 +257,8 @@ def _write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -12,16 +12,23 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from nemo_dapo.digests import digest
 
 SHARD_BYTES = 5_000_000_000  # of one written file, as transformers has it
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TIED_OUTPUT = "lm_head.weight"
+TOKENIZER_FILES = ("*token*", "vocab.*", "merges.txt", "chat_template.jinja", "special_tokens_map.json")
+NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 
 
@@ -64,6 +71,46 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         (length,) = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(length))
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def fingerprint(folder: Path) -> dict[str, Any]:
+    """Whose model a folder holds, as JSON: its architecture, digests of its tokenizer's files, of samples of its weights.
+
+    Samples, because all of them may take minutes to read: the headers, and SAMPLES pieces spread over each file.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern))]
+    return {
+        "config": {name: value for name, value in config.items() if name not in NOT_ARCHITECTURE},
+        "tokenizer": {file.name: digest(file).xxh3 for file in tokenizer},
+        "weights": _sampled(weight_files(folder)),
+    }
+
+
+def _sampled(files: Iterable[Path]) -> str:
+    state = xxhash.xxh3_128()
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            for k in range(SAMPLES + 1):
+                opened.seek(max(0, (size - SAMPLE_BYTES) * k // SAMPLES))
+                state.update(opened.read(SAMPLE_BYTES))
+        state.update(f"{file.name} {size}".encode())
+    return state.hexdigest()
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what two fingerprints differ, one phrase each, the saved value first."""
+    found = []
+    for kind, first in saved.items():
+        second = now.get(kind)
+        if isinstance(first, dict) and isinstance(second, dict):
+            names = [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
+            shown = kind == "config"  # the others are digests
+            found += [f"{n} {first.get(n)} -> {second.get(n)}" if shown else f"{n} differs" for n in names]
+        elif first != second:
+            found.append(f"{kind} differ" if kind == "weights" else f"{kind} {first} -> {second}")
+    return found
 
 
 def check_weights(sent: Mapping[str, tuple[int, ...]], expected: ExpectedWeights) -> None:

@@ -7,6 +7,8 @@ ratio's denominator is recomputed by the trainer, because vLLM's own log-probabi
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import threading
 import time
@@ -16,11 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from nemo_dapo import checkpoint
+from nemo_dapo import checkpoint, hf_folder
 from nemo_dapo.batching import minibatches
-from nemo_dapo.config import Resume, RunConfig
+from nemo_dapo.config import OnFailedSave, Resume, RunConfig
 from nemo_dapo.controller import Controller, Rollout
 from nemo_dapo.coordination import (
     StoppedError,
@@ -29,7 +32,6 @@ from nemo_dapo.coordination import (
     lead,
     never,
     share_batch,
-    share_number,
 )
 from nemo_dapo.interfaces import NonFiniteGradientError, Policy
 from nemo_dapo.loss import load_loss_fn
@@ -51,6 +53,20 @@ class Progress:
     refused_in_a_row: int = 0
 
 
+def find_checkpoint(config: RunConfig, run_dir: Path, group: Any) -> int | None:
+    """Step of the checkpoint that the run goes on from, the same on every rank: the newest whole one. Collective.
+
+    None where there is none, or with checkpoint.resume=never, which sets those of an earlier run aside. Raises what
+    `checkpoint.choose` does.
+    """
+    checkpoints = run_dir / "checkpoints"
+    if config.checkpoint.resume is Resume.auto:
+        return checkpoint.choose(checkpoints, group)
+    if dist.get_rank() == 0 and (place := checkpoint.set_aside(checkpoints)):
+        print(f"checkpoint.resume=never: the checkpoints of an earlier run are now in {place}", flush=True)
+    return None
+
+
 class DAPOTrainer:
     """Trains `policy` on what `controller` samples. `controller` is None on every rank but 0; `group` is gloo over all."""
 
@@ -62,12 +78,15 @@ class DAPOTrainer:
         controller: Controller | None,
         group: Any,
         *,
+        resumed: int | None = None,
         phase: Phase | None = None,
         stop: threading.Event | None = None,
     ) -> None:
-        """`stop`, rank 0's, when set, has the run save and end: after the step that it is in, or at once in a rollout."""
+        """`resumed` is the step of the checkpoint to go on from, by `find_checkpoint`. `stop`, rank 0's, when set, has the
+        run save and end: after the step that it is in, or at once in a rollout."""
         self.phase, self.stop = phase or Phase(), stop or threading.Event()
-        self.saved = 0  # rollout steps of the newest checkpoint
+        self.resumed = resumed
+        self.saved = resumed or 0  # rollout steps of the newest checkpoint
         self.config, self.policy, self.controller, self.group = config, policy, controller, group
         self.checkpoints = run_dir / "checkpoints"
         self.loss_fn = load_loss_fn(config.algorithm)
@@ -82,6 +101,7 @@ class DAPOTrainer:
         if self.config.evaluation.at_start and self.progress.rollout_steps == 0:
             self.evaluate()
             self.log()
+        self.record = {}
         while self.progress.rollout_steps < self.config.trainer.max_steps:  # line 1
             state = self.state()
             try:
@@ -91,8 +111,8 @@ class DAPOTrainer:
                     self.save(state)
                 return
             self.evaluate_when_due()
+            self.log()  # before the checkpoint: a kill between the two must not cost the step's record
             self.save_when_due()
-            self.log()
 
     # ---------------------------------------------------------------- one step
 
@@ -115,7 +135,6 @@ class DAPOTrainer:
 
     def collect(self) -> tuple[TrainBatch, Rollout | None]:
         """The same batch on every rank; the groups behind it on rank 0 only."""
-        self.record = {}
         controller, step = self.controller, self.progress.rollout_steps + 1
         with self.phase.enter("rollout"):
             rollout = lead(lambda: controller.collect(step) if controller else never(), self.group, self.stop)
@@ -224,46 +243,84 @@ class DAPOTrainer:
             self.save(self.state())
 
     def state(self) -> dict[str, Any] | None:
-        """What a checkpoint holds beside the policy, on rank 0."""
+        """What changes from step to step beside the policy, on rank 0."""
         return None if self.controller is None else self.controller.state_dict() | {"progress": asdict(self.progress)}
 
+    def origin(self) -> dict[str, Any]:
+        """What a resume compares: the model that the run started from, and options."""
+        precision = self.config.model.precision.value
+        return {"model": self.model, "precision": precision, "optimizer": self.optimizer_options()}
+
+    def optimizer_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = json.loads(json.dumps(asdict(self.config.optimizer), default=lambda one: one.value))
+        return options
+
+    @functools.cached_property
+    def model(self) -> dict[str, Any]:
+        """Of the folder that the run started from."""
+        return hf_folder.fingerprint(Path(self.config.model.path))
+
     def save(self, state: dict[str, Any] | None) -> None:
+        """Write a checkpoint. Its seconds are in the next step's record.
+
+        Where it cannot be written, raises CheckpointError or, with checkpoint.on_failed_save=go_on, says so and goes on.
+        """
         if self.controller is not None:
             self.controller.export_statistics()
-        with self.timed("save"):
-            checkpoint.save(
-                self.checkpoints,
-                self.progress.rollout_steps,
-                self.policy,
-                state,
-                keep=self.config.checkpoint.keep,
-                group=self.group,
-            )
-        self.saved = self.progress.rollout_steps
+            state = (state or {}) | self.origin()
+        step, keep = self.progress.rollout_steps, self.config.checkpoint.keep
+        try:
+            with self.timed("save"):
+                checkpoint.save(self.checkpoints, step, self.policy, state, keep=keep, group=self.group)
+            self.saved = step
+        except checkpoint.CheckpointError as error:
+            now = f"the last checkpoint is that of step {self.saved}" if self.saved else "there is no checkpoint yet"
+            if self.config.checkpoint.on_failed_save is OnFailedSave.stop:
+                raise found_alike(checkpoint.CheckpointError(f"{error}; {now}")) from error
+            if self.controller is not None:
+                log.error("%s; %s; the run goes on (checkpoint.on_failed_save=go_on)", error, now)
 
     def resume(self) -> None:
-        """Go on from the newest complete checkpoint, unless checkpoint.resume=never or there is none."""
-        anew = self.config.checkpoint.resume is Resume.never
-        if anew and self.controller is not None and (place := checkpoint.set_aside(self.checkpoints)):
-            print(f"checkpoint.resume=never: the checkpoints of an earlier run are now in {place}", flush=True)
-        found = None if anew else checkpoint.latest(self.checkpoints)
-        step = share_number(-1 if found is None else found, self.group)  # one rank looks: file systems lag
-        if step < 0:
+        """Go on from the checkpoint of step `resumed`.
+
+        Raises ValueError, before anything of the policy is read, where it is of another model or other data. Options of the
+        optimizer may have changed: this run's are used, and said.
+        """
+        if self.resumed is None:
             return
         with self.phase.enter("load"):
-            state = checkpoint.load(self.checkpoints, step, self.policy)
+            state = checkpoint.read_state(self.checkpoints, self.resumed)
+            lead(lambda: self.restore_controller(state) if self.controller else never(), self.group)
+            checkpoint.load(self.checkpoints, self.resumed, self.policy)
         self.progress = Progress(**state["progress"])
-        self.saved = self.progress.rollout_steps
         if self.controller is not None:
-            self.controller.load_state_dict(state)
             print(f"resumed from {self.checkpoints} at {self.progress}", flush=True)
+
+    async def restore_controller(self, state: dict[str, Any]) -> None:
+        """Rank 0's part of `resume`; raises ValueError for another model or other data."""
+        assert self.controller is not None
+        precision = self.config.model.precision.value
+        differing = hf_folder.differences(state["model"], self.model)
+        differing += [f"model.precision {state['precision']} -> {precision}"] if state["precision"] != precision else []
+        if differing:
+            raise ValueError(
+                f"the checkpoint of step {self.resumed} is of another model than model.path={self.config.model.path}: "
+                f"{'; '.join(differing)}; restore the model that the run started from, or start anew with another name= or "
+                "checkpoint.resume=never"
+            )
+        self.controller.load_state_dict(state)
+        before = state["optimizer"]
+        now = self.optimizer_options()
+        changed = [f"optimizer.{k} {before.get(k)} -> {value}" for k, value in now.items() if before.get(k) != value]
+        if changed:
+            print(f"other options than the checkpoint's, used from here on: {', '.join(changed)}", flush=True)
 
     def log(self) -> None:
         """The step's record to the sinks, after a word with every rank: memory is the most that any of them holds."""
         memory = merge_across_ranks(memory_record(), self.group)
+        record, self.record = values(self.record | memory), {}
         if self.controller is None:
             return
-        record = values(self.record | memory)
         if "train/gap" in record:  # a step of one update scores its tokens in that update alone
             record.setdefault("rollout/logprob_gap", record["train/gap"])
         counters = {f"progress/{name}": float(value) for name, value in asdict(self.progress).items()}

@@ -7,9 +7,15 @@ Megatron stays out of the pytest process: on a CPU host it needs torch's factori
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import errno
 import math
 import multiprocessing
+import os
+import pickle
+import resource
+import shutil
 import sys
 import time
 import traceback
@@ -311,6 +317,162 @@ def load_from(layout: Layout, name: str) -> Callable[[Job], dict[str, Any]]:
     return lambda job: load_and_update(job, layout, job.folder / name)
 
 
+BASE_OPTIONS = OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=2, decay_steps=12, decay_style=DecayStyle.linear)
+CHANGED_OPTIONS: dict[str, Any] = {
+    "lr": 2e-3,
+    "min_lr": 5e-4,
+    "weight_decay": 0.5,
+    "clip_grad": 1e-3,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.9,
+    "adam_eps": 1e-3,
+    "warmup_steps": 6,
+    "decay_steps": 6,
+    "decay_style": DecayStyle.constant,
+}
+
+
+def changed_options(job: Job) -> dict[str, Any]:
+    """After three updates: a checkpoint continued under each option changed alone, by `load` and by hand."""
+    batch, policy = make_train_batch(), job.policy(Layout(), optimizer=BASE_OPTIONS)
+    for _ in range(3):
+        policy.update(batch, LOSS, None)
+    path = _save(job, policy, "options")
+
+    def loaded(options: OptimizerConfig) -> Any:
+        fresh = job.policy(Layout(), optimizer=options)
+        fresh.load(path)
+        return fresh
+
+    source = loaded(BASE_OPTIONS)
+    out = {}
+    for name, value in {"nothing": None, **CHANGED_OPTIONS}.items():
+        options = BASE_OPTIONS if value is None else dataclasses.replace(BASE_OPTIONS, **{name: value})
+        continued, by_hand = loaded(options), job.policy(Layout(), optimizer=options)
+        transplant(source, by_hand)
+        out[name] = {
+            "groups": [
+                {key: one for key, one in g.items() if key != "params"} for g in continued.optimizer.param_groups
+            ],
+            "lr": continued.update(batch, LOSS, None)["lr"].value,
+            "lr by hand": by_hand.update(batch, LOSS, None)["lr"].value,
+            "weights": weights_of(continued),
+            "weights by hand": weights_of(by_hand),
+        }
+    return out
+
+
+@torch.no_grad()
+def transplant(source: Any, target: Any) -> None:
+    """Weights, moments and the number of steps of one policy into another of the same layout; no option."""
+    for a, b in zip(source.model[0].parameters(), target.model[0].parameters(), strict=True):
+        b.copy_(a)
+    for a, b in zip(source.optimizer.chained_optimizers, target.optimizer.chained_optimizers, strict=True):
+        for ours, theirs in zip(a.optimizer.param_groups, b.optimizer.param_groups, strict=True):
+            theirs["step"] = ours["step"]
+            for p, q in zip(ours["params"], theirs["params"], strict=True):
+                q.copy_(p)
+                b.optimizer.state[q] = {key: moment.clone() for key, moment in a.optimizer.state[p].items()}
+    target.scheduler.num_steps = source.scheduler.num_steps
+    target.scheduler.step(0)
+
+
+class Payload:
+    """What an attacker would pickle: unpickled, it creates the file `marker`."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+def payloads(job: Job) -> dict[str, Any]:
+    """What `load` says of a checkpoint with a payload in one of three places, and which payloads were executed."""
+    folder = job.folder / "payloads"
+    said, executed = {}, []
+    for place in (infect_table, infect_common, infect_shard):
+        copy, marker = folder / place.__name__, folder / f"{place.__name__}.executed"
+        shutil.copytree(job.folder / "ck1", copy)
+        place(copy, Payload(marker))
+        said[place.__name__] = error_of(lambda at=copy: job.policy(Layout()).load(at))  # type: ignore[misc]
+        if marker.exists():
+            executed.append(place.__name__)
+    pickle.loads(pickle.dumps(Payload(folder / "control")))
+    return {"said": said, "executed": executed, "control": (folder / "control").exists()}
+
+
+def infect_table(path: Path, payload: Payload) -> None:
+    (path / ".metadata").write_bytes(pickle.dumps(payload))
+
+
+def infect_common(path: Path, payload: Payload) -> None:
+    torch.save({"scheduler": payload}, path / "common.pt")
+
+
+def infect_shard(path: Path, payload: Payload) -> None:
+    """An object behind the last byte of a shard, to which the table of contents leads."""
+    table = pickle.loads((path / ".metadata").read_bytes())  # our own
+    kinds = table.state_dict_metadata
+    index = next(i for i in table.storage_data if type(kinds[i.fqn]).__name__ == "BytesStorageMetadata")
+    info = table.storage_data[index]
+    file = path / info.relative_path
+    offset = file.stat().st_size
+    with file.open("ab") as shard:
+        torch.save([payload], shard)
+    table.storage_data[index] = dataclasses.replace(info, offset=offset, length=file.stat().st_size - offset)
+    (path / ".metadata").write_bytes(pickle.dumps(table))
+
+
+def error_of(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def unreadable(job: Job) -> dict[str, str]:
+    """What `load` says of what it cannot read."""
+    cut = job.folder / "cut"
+    shutil.copytree(job.folder / "ck1", cut)
+    shard = cut / "__0_1.distcp"
+    shard.write_bytes(shard.read_bytes()[:100])
+    without = job.folder / "without common.pt"
+    shutil.copytree(job.folder / "ck1", without)
+    (without / "common.pt").unlink()
+    return {
+        "cut shard": error_of(lambda: job.policy(Layout()).load(cut)),
+        "no common.pt": error_of(lambda: job.policy(Layout()).load(without)),
+        "another model": error_of(lambda: job.policy(Layout(), "qwen3_untied").load(job.folder / "ck1")),
+    }
+
+
+def unwritable(job: Job) -> dict[str, str]:
+    """What each rank says when one of them cannot write; no rank may be left waiting."""
+    from megatron.core.dist_checkpointing.strategies import common
+
+    policy = job.policy(Layout())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if job.rank == 0:  # of two data-parallel ranks the one that writes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    small_files = error_of(lambda: _save(job, policy, "limited"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def full(*_: Any) -> None:
+        if job.rank == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "common.pt")
+
+    kept, common.TorchCommonSaveStrategy.save_common = common.TorchCommonSaveStrategy.save_common, full
+    rank_zero = error_of(lambda: _save(job, policy, "full"))
+    common.TorchCommonSaveStrategy.save_common = kept
+    return {
+        "file-size limit": small_files,
+        "rank 0 alone": rank_zero,
+        "afterwards": error_of(lambda: _save(job, policy, "ok")),
+    }
+
+
 def checkpoint_without_padding(job: Job) -> dict[str, Any]:
     """A checkpoint under Megatron's own count of bucket padding: what `keep_bucket_padding` is for."""
     from nemo_dapo.megatron import checkpoint as module
@@ -489,6 +651,9 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
         "first_step": first_step(Layout()),
         "checkpoint": checkpoint(Layout(), "ck1"),
         "forgetful load": forgetful_load,
+        "changed options": changed_options,
+        "payloads": payloads,
+        "unreadable": unreadable,
         "gradients": gradients,
         "parity": parity(Layout()),
         "temperature": temperature,
@@ -507,6 +672,7 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
         "non_finite pp2": non_finite(PP2),
         "parity": parity(TP2),
         "checkpoint pp2": checkpoint(PP2, "ck2"),
+        "unwritable": unwritable,
     },
     4: {
         "first_step tp2pp2": first_step(TP2PP2),

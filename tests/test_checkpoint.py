@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-import json
+import datetime
+import errno
+import os
+import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
-from nemo_dapo import checkpoint
+from nemo_dapo import checkpoint, digests
 
 
 class StubPolicy:
-    """Writes its one number; dies in the middle of `save` when told to."""
+    """Writes its one number; dies, or finds the disk full, in the middle of `save` when told to."""
 
-    def __init__(self, number: int = 0, dies: bool = False) -> None:
-        self.number, self.dies = number, dies
+    def __init__(self, number: int = 0, dies: bool = False, fails: bool = False) -> None:
+        self.number, self.dies, self.fails = number, dies, fails
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> list[Path]:
         assert not list(path.iterdir()), "Megatron writes into an empty directory"
-        (path / "half").write_text("")
+        (path / "half").write_text(f"half of {self.number}")
         if self.dies:
             raise KeyboardInterrupt("killed")
-        (path / "number").write_text(str(self.number))
+        if self.fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path / "number"))
+        (path / "number").write_text(f"{self.number} {'.' * 1000}")
+        return [path / "half", path / "number"]
 
     def load(self, path: Path) -> None:
-        self.number = int((path / "number").read_text())
+        self.number = int((path / "number").read_text().split()[0])
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +55,8 @@ def save(folder: Path, step: int, number: int = 0, *, keep: int = 2, dies: bool 
 
 def load(folder: Path, step: int) -> tuple[int, dict[str, object]]:
     policy = StubPolicy()
-    state = checkpoint.load(folder, step, policy)  # type: ignore[arg-type]
-    return policy.number, state
+    checkpoint.load(folder, step, policy)  # type: ignore[arg-type]
+    return policy.number, checkpoint.read_state(folder, step)
 
 
 def names(folder: Path) -> list[str]:
@@ -165,9 +172,196 @@ def test_other_names_are_neither_taken_for_checkpoints_nor_removed(tmp_path: Pat
     assert names(tmp_path) == ["notes.txt", "step_000002", "step_best"]
 
 
-def test_a_checkpoint_of_another_format_is_refused_with_the_remedy(tmp_path: Path) -> None:
+# ------------------------------------------------------------------ damage
+
+
+def two_checkpoints(folder: Path) -> Path:
+    """Steps 4 and 8, with number 4 and 8; the place of the newest."""
+    save(folder, 4, number=4)
+    save(folder, 8, number=8)
+    return folder / "step_000008"
+
+
+FILES = ["policy/number", "policy/half", "state.json", "manifest.json"]
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def replace_by_the_one_before(file: Path) -> None:
+    shutil.copyfile(Path(str(file).replace("step_000008", "step_000004")), file)
+
+
+DAMAGES: list[Callable[[Path], None]] = [truncate, empty, Path.unlink, flip_a_bit, replace_by_the_one_before]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_in_one_line_and_the_checkpoint_before_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Callable[[Path], None]
+) -> None:
+    damage(two_checkpoints(tmp_path) / name)
+    assert checkpoint.choose(tmp_path, None) == 4
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1
+    named = "state.json" if name == "manifest.json" and damage is replace_by_the_one_before else name
+    for part in ("step_000008 is damaged", named, "going on from step_000004", "step_000008.damaged"):
+        assert part in said[0]
+    assert load(tmp_path, 4)[0] == 4
+    assert checkpoint.choose(tmp_path, None) == 4  # and silently from now on
+    assert capsys.readouterr().out == ""
+
+
+def test_one_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    place = two_checkpoints(tmp_path)
+    chance = random.Random(0)
+    bits = [(name, bit) for name in FILES for bit in range(8 * (place / name).stat().st_size)]
+    for name, bit in chance.sample(bits, 300):
+        whole = (place / name).read_bytes()
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << (bit % 8)
+        (place / name).write_bytes(flipped)
+        assert checkpoint.verify(place, None), f"bit {bit} of {name}"
+        (place / name).write_bytes(whole)
+    assert checkpoint.verify(place, None) == []
+
+
+def test_where_none_is_whole_each_is_named_and_none_is_touched(tmp_path: Path) -> None:
+    flip_a_bit(two_checkpoints(tmp_path) / "policy" / "number")
+    (tmp_path / "step_000004" / "state.json").unlink()
+    with pytest.raises(RuntimeError, match=r"step_000008: policy/number.*step_000004: state\.json.*resume=never"):
+        checkpoint.choose(tmp_path, None)
+    assert names(tmp_path) == ["step_000004", "step_000008"]
+
+
+def test_damaged_ones_are_not_counted_by_keep(tmp_path: Path) -> None:
+    flip_a_bit(two_checkpoints(tmp_path) / "policy" / "number")
+    assert checkpoint.choose(tmp_path, None) == 4
+    save(tmp_path, 6)
+    assert names(tmp_path) == ["step_000004", "step_000006", "step_000008.damaged"]
+
+
+def test_a_file_that_is_no_part_of_it_is_named_and_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (two_checkpoints(tmp_path) / "policy" / "notes.txt").write_text("mine")
+    assert checkpoint.choose(tmp_path, None) == 8
+    assert "policy/notes.txt is no part of the checkpoint" in capsys.readouterr().out
+
+
+def test_an_empty_directory_of_that_name_is_no_checkpoint(tmp_path: Path) -> None:
+    two_checkpoints(tmp_path)
+    (tmp_path / "step_000013").mkdir()
+    assert checkpoint.choose(tmp_path, None) == 8
+
+
+def test_a_whole_checkpoint_under_another_name_is_not_taken_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_checkpoints(tmp_path).rename(tmp_path / "step_000012")
+    assert checkpoint.choose(tmp_path, None) == 4
+    assert "state.json is of step 8" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_format_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 3)
-    file = tmp_path / "step_000003" / "state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
-    with pytest.raises(ValueError, match=r"format 99, expected 1.*checkpoint\.resume=never"):
-        load(tmp_path, 3)
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    with pytest.raises(ValueError, match=r"format 2, expected 99.*checkpoint\.resume=never"):
+        checkpoint.choose(tmp_path, None)
+
+
+def test_files_are_spread_over_ranks_by_their_bytes() -> None:
+    sizes = {"a": 60, "b": 50, "c": 40, "d": 30, "e": 0}
+    dealt = digests.shares({name: digests.FileDigest(size, "") for name, size in sizes.items()}, 2)
+    assert [set(one) for one in dealt] == [{"a", "d"}, {"b", "c", "e"}] or [set(one) for one in dealt] == [
+        {"a", "d", "e"},
+        {"b", "c"},
+    ]
+
+
+# ------------------------------------------------------------------ failures while writing
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_but_the_last_one(tmp_path: Path) -> None:
+    save(tmp_path, 4, number=4)
+    with pytest.raises(checkpoint.CheckpointError, match=r"step_000008 was not written.*No space left.*number"):
+        checkpoint.save(tmp_path, 8, StubPolicy(fails=True), {}, keep=1, group=None)  # type: ignore[arg-type]
+    assert names(tmp_path) == ["step_000004"]
+    assert checkpoint.choose(tmp_path, None) == 4
+
+
+def test_an_old_one_that_cannot_be_removed_does_not_cost_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 4)
+    replace = os.replace
+
+    def refused(source: Path, target: Path) -> None:
+        if str(target).endswith(".removing"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", refused)
+    save(tmp_path, 8, keep=1)
+    assert checkpoint.choose(tmp_path, None) == 8
+    assert "could not be removed: [Errno 13] Permission denied" in caplog.text
+
+
+# ------------------------------------------------------------------ two ranks
+
+
+class RankPolicy(StubPolicy):
+    """One of two ranks; each writes a file of its own."""
+
+    def save(self, path: Path) -> list[Path]:
+        if self.fails:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        file = path / f"rank_{dist.get_rank()}"
+        file.write_text(str(self.number) * 1000)
+        return [file]
+
+
+def two_ranks(rank: int, folder: Path, results: Path) -> None:
+    """A failed save on rank 1; two good ones; damage; all seen from either rank."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{results}/meet", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
+    )
+    lines = []
+    for step, fails in ((2, True), (4, False), (8, False)):
+        policy = RankPolicy(step, fails=fails and rank == 1)
+        try:
+            checkpoint.save(folder, step, policy, {"of": rank} if rank == 0 else None, keep=0, group=None)  # type: ignore[arg-type]
+            lines.append("written")
+        except checkpoint.CheckpointError as error:
+            lines.append(str(error))
+    if rank == 0:
+        flip_a_bit(folder / "step_000008" / "policy" / "rank_1")
+    dist.barrier()
+    lines.append(str(checkpoint.choose(folder, None)))
+    (results / f"rank_{rank}").write_text("\n".join(lines))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_decide_alike(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    mp.spawn(two_ranks, (folder, tmp_path), nprocs=2)
+    first, second = ((tmp_path / f"rank_{rank}").read_text().splitlines() for rank in range(2))
+    assert first == second
+    assert "rank 1: OSError: [Errno 27] File too large" in first[0]
+    assert first[1:] == ["written", "written", "4"]
+    assert sorted(digests.parse((folder / "step_000004" / "manifest.json").read_text())[1]) == [
+        "policy/rank_0",
+        "policy/rank_1",
+        "state.json",
+    ]

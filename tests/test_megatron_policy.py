@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.policy_runs import PolicyRuns
-from tests.policy_scenarios import NUM_SEQUENCES, RARE_SEQUENCE
+from tests.policy_scenarios import CHANGED_OPTIONS, NUM_SEQUENCES, RARE_SEQUENCE
 
 pytestmark = pytest.mark.slow
 
@@ -135,6 +135,58 @@ def test_without_bucket_padding_kept_the_checkpoint_of_tied_embeddings_is_wrong(
     """Guards `checkpoint.keep_bucket_padding`. When this fails, Megatron no longer needs it."""
     result = policy_runs.get(4, "checkpoint without padding")
     assert not equal(result["loaded"]["next"], result["next"])
+
+
+@pytest.mark.parametrize("option", CHANGED_OPTIONS)
+def test_an_option_changed_at_a_resume_holds_from_the_first_update(policy_runs: PolicyRuns, option: str) -> None:
+    """The update is that of an optimizer built with the option, given the checkpoint's weights, moments and steps."""
+    runs = policy_runs.get(1, "changed options")
+    changed, before = runs[option], runs["nothing"]
+    assert equal(changed["weights"], changed["weights by hand"])
+    assert changed["lr"] == changed["lr by hand"]
+    assert (
+        distance(changed["weights"], before["weights"]) > 1e-6
+    )  # about 1e-5 the smallest of them; rounding gives 1e-8
+
+
+def test_nothing_changed_is_nothing_changed(policy_runs: PolicyRuns) -> None:
+    unchanged = policy_runs.get(1, "changed options")["nothing"]
+    assert equal(unchanged["weights"], unchanged["weights by hand"])
+    # 3 steps taken, 2 of warm-up: one tenth of the way from 1e-3 to 1e-4
+    assert unchanged["lr"] == pytest.approx(9.1e-4)
+
+
+def test_changed_options_are_in_the_parameter_groups(policy_runs: PolicyRuns) -> None:
+    runs = policy_runs.get(1, "changed options")
+    assert runs["lr"]["groups"][0]["max_lr"] == CHANGED_OPTIONS["lr"]
+    assert runs["min_lr"]["groups"][0]["min_lr"] == CHANGED_OPTIONS["min_lr"]
+    assert [group["weight_decay"] for group in runs["weight_decay"]["groups"]] == [CHANGED_OPTIONS["weight_decay"], 0.0]
+    assert runs["adam_beta1"]["groups"][0]["betas"] == (CHANGED_OPTIONS["adam_beta1"], 0.999)
+    assert runs["adam_beta2"]["groups"][0]["betas"] == (0.9, CHANGED_OPTIONS["adam_beta2"])
+    assert runs["adam_eps"]["groups"][0]["eps"] == CHANGED_OPTIONS["adam_eps"]
+    assert {group["step"] for run in runs.values() for group in run["groups"]} == {3}
+
+
+def test_no_pickle_in_a_checkpoint_is_executed(policy_runs: PolicyRuns) -> None:
+    result = policy_runs.get(1, "payloads")
+    assert result["control"], "the payload does nothing: this test could not fail"
+    assert result["executed"] == []
+    for place, said in result["said"].items():
+        assert said.startswith(f"cannot read the checkpoint {policy_runs.folder}/payloads/{place}"), said
+        assert "\n" not in said
+        assert "system" in said
+
+
+@pytest.mark.parametrize(
+    ("what", "named"), [("cut shard", "/cut"), ("no common.pt", "common.pt"), ("another model", "/ck1")]
+)
+def test_what_cannot_be_read_is_said_in_a_line_with_the_remedy(policy_runs: PolicyRuns, what: str, named: str) -> None:
+    said = policy_runs.get(1, "unreadable")[what]
+    assert said.startswith("cannot read the checkpoint ")
+    assert named in said
+    assert said.endswith("start anew with checkpoint.resume=never")
+    assert len(said) < 800
+    assert "\n" not in said
 
 
 # ------------------------------------------------------------------ refused updates

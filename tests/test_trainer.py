@@ -16,9 +16,23 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
+from nemo_dapo import checkpoint
 from nemo_dapo.batching import make_batch
-from nemo_dapo.config import AlgorithmConfig, EvaluationConfig, OptimizerConfig, RolloutConfig, RunConfig, TrainerConfig
+from nemo_dapo.checkpoint import CheckpointError
+from nemo_dapo.config import (
+    AlgorithmConfig,
+    DecayStyle,
+    EvaluationConfig,
+    ModelConfig,
+    OnFailedSave,
+    OptimizerConfig,
+    Precision,
+    RolloutConfig,
+    RunConfig,
+    TrainerConfig,
+)
 from nemo_dapo.controller import Rollout
 from nemo_dapo.interfaces import NonFiniteGradientError
 from nemo_dapo.telemetry.metrics import Mean
@@ -52,6 +66,8 @@ class Stub:
         self.calls: list[str] = []
         self.records: list[dict[str, float]] = []
         self.gap, self.refuse, self.updates = gap, refuse, 0
+        self.saved, self.disk_full = 0, False
+        self.recorded_before_save: list[tuple[int, int]] = []
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "weight", torch.zeros(1)
@@ -65,9 +81,6 @@ class Stub:
 
     def wake_up(self) -> None:
         self.calls.append("wake up")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
 
     async def collect(self, step: int) -> Rollout:
         self.calls.append(f"collect {step}")
@@ -87,6 +100,25 @@ class Stub:
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         self.records.append({"step": step, **metrics})
+        self.recorded_before_save.append((step, self.saved))
+
+    def save(self, path: Path) -> list[Path]:
+        if self.disk_full:
+            raise OSError(28, "No space left on device", str(path))
+        self.saved += 1
+        (path / "weights").write_text("")
+        return [path / "weights"]
+
+    def load(self, path: Path) -> None:
+        self.calls.append(f"load {path.parent.name}")
+
+    def export_statistics(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sampler": {}, "loader": {}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls.append("load controller")
 
 
 class StoppedInTheRollout(Stub):
@@ -106,11 +138,9 @@ class StoppedInTheRollout(Stub):
     def state_dict(self) -> dict[str, Any]:
         return {"drawn": self.drawn}
 
-    def export_statistics(self) -> None:
-        pass
-
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> list[Path]:
         self.calls.append("save")
+        return super().save(path)
 
 
 def test_a_stop_in_the_rollout_saves_the_step_before_it_with_the_prompts_still_to_come(tmp_path: Path) -> None:
@@ -138,16 +168,26 @@ def test_a_stop_between_two_steps_saves_once(tmp_path: Path) -> None:
 
 
 def trainer(stub: Stub, folder: Path, **algorithm: Any) -> DAPOTrainer:
+    """On a model folder of one tensor."""
     config = RunConfig(
+        model=ModelConfig(path=str(model_folder(folder))),
         algorithm=AlgorithmConfig(prompts_per_step=N, group_size=G, minibatch_size=G, **algorithm),
         trainer=TrainerConfig(max_steps=2),
         rollout=RolloutConfig(max_logprob_gap=1e-3),
         optimizer=OptimizerConfig(max_refused_updates=2),
         evaluation=EvaluationConfig(every=0),
     )
-    made = DAPOTrainer(config, folder, stub, stub, None)  # type: ignore[arg-type]
-    made.save_when_due = lambda: None  # type: ignore[method-assign]  # test_checkpoint.py
-    return made
+    return DAPOTrainer(config, folder, stub, stub, None)  # type: ignore[arg-type]
+
+
+def model_folder(folder: Path) -> Path:
+    model = folder / "model"
+    if not model.exists():
+        model.mkdir()
+        (model / "config.json").write_text('{"hidden_size": 4}')
+        (model / "tokenizer.json").write_text("{}")
+        save_file({"weight": torch.zeros(4)}, model / "model.safetensors")
+    return model
 
 
 def test_servers_sleep_from_the_end_of_the_rollout_to_the_next_weights(tmp_path: Path) -> None:
@@ -194,3 +234,122 @@ def test_refused_updates_with_a_good_one_between_them_do_not(tmp_path: Path) -> 
     stub = Stub(refuse=(1, 3))
     trainer(stub, tmp_path).fit()
     assert stub.records[-1]["progress/refused_updates"] == 2
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def saving_trainer(stub: Stub, folder: Path, resumed: int | None = None, **optimizer: Any) -> DAPOTrainer:
+    """One that writes a checkpoint after every step."""
+    made = trainer(stub, folder)
+    made.config.optimizer = OptimizerConfig(**optimizer)
+    made.config.checkpoint.every = 1
+    made.resumed, made.saved = resumed, resumed or 0
+    return made
+
+
+def test_a_steps_record_is_written_before_its_checkpoint(tmp_path: Path) -> None:
+    stub = Stub()
+    saving_trainer(stub, tmp_path).fit()
+    assert stub.recorded_before_save == [(1, 0), (2, 1)]
+    assert "time/save" not in stub.records[0]
+    assert stub.records[1]["time/save"] > 0  # of the checkpoint of step 1
+
+
+def test_a_full_disk_ends_the_run_and_names_the_last_checkpoint(tmp_path: Path) -> None:
+    stub = Stub()
+    saving_trainer(stub, tmp_path).fit()
+    stub.disk_full = True
+    failing = saving_trainer(stub, tmp_path, resumed=2)
+    failing.config.trainer.max_steps = 3
+    with pytest.raises(CheckpointError, match=r"step_000003 was not written.*No space left.*is that of step 2"):
+        failing.fit()
+
+
+def test_a_full_disk_may_cost_no_more_than_the_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stub = Stub()
+    stub.disk_full = True
+    going_on = saving_trainer(stub, tmp_path)
+    going_on.config.checkpoint.on_failed_save = OnFailedSave.go_on
+    going_on.fit()
+    assert [record["step"] for record in stub.records] == [1, 2]
+    assert "step_000001 was not written" in caplog.text
+    assert "no checkpoint yet; the run goes on" in caplog.text
+
+
+def test_a_run_asked_to_stop_saves_and_ends_after_its_step(tmp_path: Path) -> None:
+    stub = Stub()
+    stopped = saving_trainer(stub, tmp_path)
+    stopped.config.checkpoint.every = 0
+    sync = stopped.sync_weights
+
+    def sync_and_ask() -> None:
+        sync()
+        if stopped.progress.rollout_steps == 1:
+            stopped.stop.set()
+
+    stopped.sync_weights = sync_and_ask  # type: ignore[method-assign]
+    stopped.fit()
+    assert [record["step"] for record in stub.records] == [1]
+    assert checkpoint.latest(tmp_path / "checkpoints") == 1
+
+
+def test_changed_optimizer_options_are_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saving_trainer(Stub(), tmp_path).fit()
+    capsys.readouterr()
+    resumed = saving_trainer(Stub(), tmp_path, resumed=2, lr=5e-7, decay_style=DecayStyle.cosine, decay_steps=500)
+    resumed.resume()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("other options")]
+    assert said == [
+        "other options than the checkpoint's, used from here on: optimizer.lr 1e-06 -> 5e-07, optimizer.decay_steps 0 -> "
+        "500, optimizer.decay_style constant -> cosine"
+    ]
+    saving_trainer(Stub(), tmp_path, resumed=2).resume()
+    assert "other options" not in capsys.readouterr().out
+
+
+def change_architecture(config: RunConfig) -> None:
+    (Path(config.model.path) / "config.json").write_text('{"hidden_size": 8}')
+
+
+def change_tokenizer(config: RunConfig) -> None:
+    (Path(config.model.path) / "tokenizer.json").write_text('{"a": 1}')
+
+
+def change_weights(config: RunConfig) -> None:
+    save_file({"weight": torch.ones(4)}, Path(config.model.path) / "model.safetensors")
+
+
+def change_precision(config: RunConfig) -> None:
+    config.model.precision = Precision.fp32
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (change_architecture, "hidden_size 4 -> 8"),
+        (change_tokenizer, r"tokenizer\.json differs"),
+        (change_weights, "weights differ"),
+        (change_precision, r"model\.precision bf16 -> fp32"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_loaded(
+    tmp_path: Path, change: Any, said: str
+) -> None:
+    saving_trainer(Stub(), tmp_path).fit()
+    stub = Stub()
+    resumed = saving_trainer(stub, tmp_path, resumed=2)
+    change(resumed.config)
+    with pytest.raises(ValueError, match=said):
+        resumed.resume()
+    assert stub.calls == []
+
+
+def test_a_moved_model_folder_is_the_same_model(tmp_path: Path) -> None:
+    saving_trainer(Stub(), tmp_path).fit()
+    stub = Stub()
+    resumed = saving_trainer(stub, tmp_path, resumed=2)
+    resumed.config.model.path = str((tmp_path / "model").rename(tmp_path / "elsewhere"))
+    resumed.resume()
+    assert stub.calls == ["load controller", "load step_000002"]
+    assert resumed.progress.rollout_steps == 2

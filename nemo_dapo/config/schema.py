@@ -47,6 +47,11 @@ class Resume(Enum):
     never = "never"
 
 
+class OnFailedSave(Enum):
+    stop = "stop"
+    go_on = "go_on"
+
+
 @dataclass
 class ModelConfig:
     path: str = MISSING  # a Hugging Face directory: config.json, *.safetensors, tokenizer
@@ -217,6 +222,7 @@ class CheckpointConfig:
     keep: int = number(2, at_least=0)  # newest ones; 0 = all
     resume: Resume = Resume.auto  # go on from the run's newest checkpoint, or never
     on_signal: bool = False  # SIGTERM, SIGINT and SIGUSR1 save before they end the run
+    on_failed_save: OnFailedSave = OnFailedSave.stop  # a full disk ends the run, or it goes on without that checkpoint
     export: bool = True  # write the trained model as a Hugging Face folder at the end
 
 

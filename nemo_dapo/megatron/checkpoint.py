@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.utils import unwrap_model
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from nemo_dapo.megatron.parallel import device
+from nemo_dapo.megatron.unpickling import nothing_is_unpickled, refuse_pickled_modules
+
+WRITTEN_BY_RANK_ZERO = (".metadata", "common.pt", "metadata.json")
+KEPT_BY_STEP = ("params", "step")  # of a param group: all else are options
+LONGEST_CAUSE = 300  # characters: Megatron lists every parameter where one is missing
+REMEDY = "restore it from a copy, or start anew with checkpoint.resume=never"
 
 # The optimizer's state is laid out by parameter, not by rank: tensor, pipeline and data parallel sizes may change.
 # Its gathering goes over gloo to one data-parallel rank's host memory: saving takes no GPU memory.
@@ -54,25 +72,125 @@ def collect_in_this_process() -> None:
     filesystem_async._results_queue = queue.Queue()
 
 
-def save(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> None:
-    """Write to the existing, empty directory `path`; collective."""
-    state = _sharded_state(model, optimizer, scheduler, is_loading=False)
-    for part in (state["optimizer"], *state["optimizer"].values()):
-        # Data-parallel ranks that hold no state say so by None, of which Megatron warns at every save.
-        if isinstance(part, dict) and part.get("param_state", part) is None:
-            del part["param_state"]
-    collect_in_this_process()
-    dist_checkpointing.save(state, str(path), content_metadata=METADATA)
+@contextmanager
+def errors_of_rank_zero_kept() -> Iterator[None]:
+    """Raise what rank 0 alone fails to write only when every rank has come through Megatron's save.
+
+    Rank 0 alone writes common.pt, .metadata and metadata.json, and raises where it stands (seen in megatron-core 0.16.1:
+    TorchCommonSaveStrategy, save_state_dict_async_finalize, metadata_finalize_fn): the others would wait in a collective.
+    """
+    errors: list[Exception] = []
+
+    def keeping(write: Callable[..., None]) -> Callable[..., None]:
+        def kept(*args: Any, **options: Any) -> None:
+            try:
+                write(*args, **options)
+            except (OSError, RuntimeError) as error:
+                errors.append(error)
+
+        return kept
+
+    writers: list[tuple[Any, str]] = [
+        (common.TorchCommonSaveStrategy, "save_common"),
+        (filesystem_async.FileSystemWriterAsync, "finish"),
+        (serialization, "save_config"),
+    ]
+    originals = [getattr(owner, name) for owner, name in writers]
+    for (owner, name), original in zip(writers, originals, strict=True):
+        setattr(owner, name, keeping(original))
+    try:
+        yield
+    finally:
+        for (owner, name), original in zip(writers, originals, strict=True):
+            setattr(owner, name, original)
+    if errors:
+        raise errors[0]
+
+
+def save(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> list[Path]:
+    """Write to the existing, empty directory `path`; collective. Returns the files that this rank wrote.
+
+    Raises RuntimeError that names the cause, such as a full disk and how much is needed.
+    """
+    needed = 0
+    try:
+        state = _sharded_state(model, optimizer, scheduler, is_loading=False)
+        for part in (state["optimizer"], *state["optimizer"].values()):
+            # Data-parallel ranks that hold no state say so by None, of which Megatron warns at every save.
+            if isinstance(part, dict) and part.get("param_state", part) is None:
+                del part["param_state"]
+        needed = _bytes_of_all_ranks(state)
+        collect_in_this_process()
+        with errors_of_rank_zero_kept():
+            dist_checkpointing.save(state, str(path), content_metadata=METADATA)
+    except (CheckpointException, Exception) as error:
+        raise RuntimeError(f"{_cannot_write(path, needed) or _cause(error)}") from error
+    rank = dist.get_rank()
+    mine = sorted(path.glob(f"__{rank}_*.distcp"))
+    return mine if rank else mine + [file for name in WRITTEN_BY_RANK_ZERO if (file := path / name).exists()]
 
 
 def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> None:
-    """Read from `path` into the model, the optimizer and the schedule; collective."""
-    template = _sharded_state(model, optimizer, scheduler, is_loading=True)
-    state = dist_checkpointing.load(template, str(path))
-    for i, chunk in enumerate(model):
-        name = "model" if len(model) == 1 else f"model{i}"
-        unwrap_model(chunk).load_state_dict(state[name], strict=True)
-    # float32 parameters are leaves that require gradients: Megatron copies into them in place.
-    with torch.no_grad():
-        optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
+    """Read from `path` into the model, the optimizer and the schedule, whose options stay as they are; collective.
+
+    Raises RuntimeError that names the checkpoint and the cause.
+    """
+    try:
+        template = _sharded_state(model, optimizer, scheduler, is_loading=True)
+        with nothing_is_unpickled():
+            state = dist_checkpointing.load(template, str(path))
+        for i, chunk in enumerate(model):
+            weights = state["model" if len(model) == 1 else f"model{i}"]
+            refuse_pickled_modules(weights)
+            unwrap_model(chunk).load_state_dict(weights, strict=True)
+        options = [{k: v for k, v in group.items() if k not in KEPT_BY_STEP} for group in optimizer.param_groups]
+        # float32 parameters are leaves that require gradients: Megatron copies into them in place.
+        with torch.no_grad():
+            optimizer.load_state_dict(state["optimizer"])
+    except (CheckpointException, Exception) as error:
+        raise RuntimeError(f"cannot read the checkpoint {path}: {_cause(error)}; {REMEDY}") from error
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+    scheduler.num_steps = int(state["scheduler"]["num_steps"])
+    scheduler.step(increment=0)
+
+
+def _bytes_of_all_ranks(state: dict[str, Any]) -> int:
+    parts = (part for part in nested_values(state) if isinstance(part, ShardedBase))
+    tensors = (part.data for part in parts if is_main_replica(part.replica_id))
+    size = sum(data.nbytes for data in tensors if isinstance(data, Tensor))
+    total = torch.tensor(size, device=device())
+    dist.all_reduce(total)
+    return int(total)
+
+
+def _cannot_write(path: Path, needed: int) -> str:
+    """What about the disk keeps `needed` bytes from being written to `path`; empty where nothing seems to.
+
+    torch's writer hides the cause of a short write ("unexpected pos 704 vs 598").
+    """
+    disk = os.statvfs(path)
+    free = disk.f_bavail * disk.f_frsize
+    written = sum(file.stat().st_size for file in path.iterdir())
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    sizes = f"it takes about {needed / 1e9:.3g} GB"
+    if disk.f_flag & os.ST_RDONLY:
+        return f"{path.parent} lies on a read-only file system; mount it writable or set another output_dir"
+    if limit not in (resource.RLIM_INFINITY, -1) and limit < needed:
+        return f"files may have at most {limit} bytes here (ulimit -f) and {sizes}; raise the limit"
+    if free + written < needed:
+        return (
+            f"No space left on device: {sizes}, {(free + written) / 1e9:.3g} GB are free at {path.parent}; make room, "
+            "lower checkpoint.keep or set another output_dir"
+        )
+    return ""
+
+
+def _cause(error: BaseException) -> str:
+    """One line; of torch's CheckpointException, which is no Exception and holds each rank's own error, the first one."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (own, _) = min(failures.items(), key=lambda item: item[0])
+        return f"rank {rank}: {_cause(own)}"
+    text = " ".join(str(error).split()) or "another rank failed"
+    return f"{type(error).__name__}: {text if len(text) <= LONGEST_CAUSE else text[:LONGEST_CAUSE] + ' …'}"

@@ -331,12 +331,19 @@ class MegatronPolicy:
         """Write the policy as a Hugging Face directory. Raises on rank 0 where it is not written, or not whole."""
         weights.save_hf_model(self.bridge, self.model, self.source, path)
 
-    def save(self, path: Path) -> None:
-        """Write weights, optimizer and schedule to the existing directory `path`, sharded."""
-        checkpoint.save(path, self.model, self.optimizer, self.scheduler)
+    def save(self, path: Path) -> list[Path]:
+        """Write weights, optimizer and schedule to the existing directory `path`, sharded; returns this rank's files.
+
+        Raises RuntimeError that names the cause.
+        """
+        return checkpoint.save(path, self.model, self.optimizer, self.scheduler)
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote, also under another tensor, pipeline or data parallel size."""
+        """Read what `save` wrote, also under another tensor, pipeline or data parallel size.
+
+        Weights, moments and the number of steps are the checkpoint's, every option of the optimizer is this policy's.
+        Raises RuntimeError that names the cause; nothing in the checkpoint is unpickled.
+        """
         checkpoint.load(path, self.model, self.optimizer, self.scheduler)
 
 
