@@ -173,6 +173,8 @@ class StandInServers:
     def describe_exit(self, index: int) -> str:
         return f"vLLM server {index} ended"
 
+    def start(self) -> None: ...
+
     def restart(self, index: int) -> None:
         self.restarts.append(index)
         if index in self.cures:

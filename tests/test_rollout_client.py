@@ -7,6 +7,8 @@ import gzip
 import json
 import socket
 import struct
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from nemo_dapo.config import RolloutConfig
 from nemo_dapo.hf_folder import ExpectedWeights
 from nemo_dapo.rollout import client, wire
 from nemo_dapo.rollout import engine as engine_module
-from nemo_dapo.rollout.engine import MAX_LATE, MAX_TRIES, VLLMEngine
+from nemo_dapo.rollout.engine import MAX_LATE, MAX_LOST, MAX_TRIES, VLLMEngine
 from nemo_dapo.rollout.fleet import MAX_RESTARTS, Fleet
 from nemo_dapo.rollout.weight_sync import WeightStore
 from nemo_dapo.types import Prompt, Sample, SamplingParams
@@ -348,7 +350,7 @@ def test_a_server_is_not_restarted_with_weights_that_are_gone(engine_over):
         generate(engine)
     engine = engine_over(servers)
     engine._files = [Path("/dev/shm/nemo_dapo_weights_x/version_1.safetensors")]
-    with pytest.raises(RuntimeError, match=r"is gone: something cleans that folder .*exclude nemo_dapo_weights_\*"):
+    with pytest.raises(RuntimeError, match=r"version_1.safetensors was removed: exclude .*/nemo_dapo_weights_\*"):
         generate(engine)
     assert servers.restarts == []
 
@@ -412,12 +414,137 @@ def test_an_answer_under_older_weights_than_the_request_s_is_not_trained_on(star
     assert stale.requests
 
 
+def current(handler: stand.Handler) -> None:
+    """A good answer under the weights that the server was given last."""
+    stand.say(handler, stand.frames(version=int(handler.server.version)))
+
+
+def test_an_update_does_not_wait_for_a_restart_under_way_which_ends_with_the_new_weights(start, engine_over):
+    sick, well = start(current), start(current)
+    servers = StandInServers(sick.url, well.url)
+    engine = engine_over(servers, progress_timeout=0.4)
+    engine.update_weights(WEIGHTS, 1)
+    ready = threading.Event()
+    servers.cures[0] = lambda: ready.wait(20)  # type: ignore[assignment,return-value]
+    servers.dead = {0}
+    assert generate(engine, n=2, groups=4)
+    assert wait_for(lambda: servers.restarts == [0])
+    engine.update_weights(WEIGHTS, 2)
+    assert (sick.version, well.version) == ("1", "2")
+    assert len(generate(engine)) == 1  # with the server that is up
+    ready.set()
+    assert wait_for(lambda: sick.version == "2")
+    assert wait_for(lambda: not engine._fleet.members[0].is_down)
+    assert not engine._fleet.members[0].given_up
+
+
+def test_an_update_reaches_a_server_whose_restart_ended_with_the_weights_before(start, engine_over):
+    server = start(current)
+    servers = StandInServers(server.url)
+    engine = engine_over(servers, progress_timeout=0.4)
+    for version in range(1, 6):
+        servers.cures[0] = lambda: None
+        servers.dead = {0}
+        assert wait_for(lambda version=version: len(servers.restarts) == version)
+        engine.update_weights(WEIGHTS, version)  # at whatever point of the restart
+        assert generate(engine)
+        assert server.version == str(version)
+
+
+# -------------------------------------------------------------------- restarts
+
+
+def test_a_server_that_dies_while_nobody_asks_is_restarted_before_it_is_needed(start, engine_over, caplog):
+    servers = StandInServers(start().url)
+    engine = engine_over(servers, progress_timeout=0.4)
+    servers.cures[0] = lambda: None
+    servers.dead = {0}
+    assert wait_for(lambda: servers.restarts == [0])
+    assert generate(engine)
+    assert "restarting vLLM server 0 (pid 0, server_0.log): vLLM server 0 ended" in caplog.text
+
+
+def test_a_server_that_dies_asleep_is_restarted_once_the_trainer_has_left_the_device(start, engine_over):
+    servers = StandInServers(start().url)
+    engine = engine_over(servers, progress_timeout=0.1, vllm={"enable_sleep_mode": True})
+    servers.cures[0] = lambda: None
+    engine.sleep()
+    servers.dead = {0}
+    time.sleep(0.5)  # twenty looks at it
+    assert servers.restarts == []
+    engine.wake_up()
+    assert wait_for(lambda: servers.restarts == [0])
+
+
+def test_requests_of_a_server_that_is_restarted_go_elsewhere_meanwhile(start, engine_over):
+    sick, well = start(stand.hang), start()
+    servers = StandInServers(sick.url, well.url)
+    engine = engine_over(servers, progress_timeout=0.4)
+    ready = threading.Event()
+    servers.cures[0] = lambda: ready.wait(20)  # type: ignore[assignment,return-value]
+    try:
+        assert [len(group) for group in generate(engine, n=2, groups=4)] == [2] * 4
+        assert servers.restarts == [0]
+        assert engine._fleet.members[0].is_down
+    finally:
+        ready.set()
+
+
+def test_a_request_that_is_cancelled_does_not_end_the_restart_it_began(start, engine_over):
+    servers = StandInServers(start().url)
+    engine = engine_over(servers)
+    ready = threading.Event()
+    servers.cures[0] = lambda: ready.wait(20)  # type: ignore[assignment,return-value]
+    servers.dead, servers.servers[0].url = {0}, closed_url()
+    engine._asked[0] = client.Server(servers.servers[0].url)
+
+    async def begin_and_cancel() -> None:
+        task = asyncio.create_task(engine.generate(PROMPT, 1, PARAMS))
+        assert await asyncio.to_thread(wait_for, lambda: servers.restarts == [0])
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    try:
+        asyncio.run(begin_and_cancel())
+        assert engine._fleet.members[0].is_down
+    finally:
+        ready.set()
+
+
+def test_a_prompt_that_servers_die_of_is_named_after_a_bound(start, engine_over):
+    deadly = [start(), start()]
+    servers = StandInServers(*(one.url for one in deadly))
+    engine = engine_over(servers)
+
+    def die(handler: stand.Handler) -> None:
+        servers.dead = {0, 1}
+        stand.close_in_the_middle(handler)
+        for member in engine._fleet.members:
+            member.restarts = -9  # as after good answers to others
+
+    for index, server in enumerate(deadly):
+        servers.cures[index] = lambda: None
+        server.otherwise = die
+    with pytest.raises(
+        RuntimeError, match=rf"restarted {MAX_LOST + 1} times while they sampled prompt p-17 \(2 tokens\)"
+    ):
+        generate(engine)
+
+
+@pytest.mark.parametrize("status", [302, 401, 404, 500])
+def test_a_status_that_is_about_the_server_is_no_fault_of_the_prompt(status, start, engine_over):
+    sick, well = start(stand.answer(b"what\x07", status)), start()
+    assert len(generate(engine_over(StandInServers(sick.url, well.url)), n=2, groups=4)) == 4
+    assert sick.requests
+
+
 # -------------------------------------------------------------------- admission
 
 
 def test_requests_go_to_the_least_loaded_server_within_the_limit():
     async def scenario() -> None:
-        fleet = Fleet(2, 8, alive=lambda i: True, restart=lambda i, f: None, describe=str)
+        fleet = Fleet(2, 8, ended=lambda i: None, restart=lambda i, f: None, describe=str)
         assert [(await fleet.take(4)).index for _ in range(4)] == [0, 1, 0, 1]
         waiting = asyncio.create_task(fleet.take(4))
         await asyncio.sleep(0.01)
@@ -434,7 +561,7 @@ def test_requests_go_to_the_least_loaded_server_within_the_limit():
 
 def test_a_group_larger_than_the_limit_runs_alone():
     async def scenario() -> None:
-        fleet = Fleet(1, 8, alive=lambda i: True, restart=lambda i, f: None, describe=str)
+        fleet = Fleet(1, 8, ended=lambda i: None, restart=lambda i, f: None, describe=str)
         assert (await fleet.take(16)).index == 0
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(fleet.take(1), 0.05)

@@ -21,7 +21,9 @@ import pytest
 from nemo_dapo.config import Precision, RolloutConfig
 from nemo_dapo.processes import kill_session, record_session
 from nemo_dapo.rollout import guardian
+from nemo_dapo.rollout.challenge import proof
 from nemo_dapo.rollout.servers import (
+    ServersClosedError,
     VLLMServers,
     choose_ports,
     connect_host,
@@ -290,8 +292,48 @@ def test_whoever_takes_the_port_first_gets_no_key_and_is_not_believed(tmp_path):
     with HTTPServer(("127.0.0.1", servers.servers[0].port), Impostor) as impostor:
         impostor.heard = []  # type: ignore[attr-defined]
         threading.Thread(target=impostor.serve_forever, daemon=True).start()
-        with pytest.raises(TimeoutError):
+        with pytest.raises(RuntimeError, match=r"is not our server: another program took the port .*rollout.port=0"):
             servers.start()
         impostor.shutdown()
     assert impostor.heard  # type: ignore[attr-defined]
     assert servers.api_key not in str(impostor.heard)  # type: ignore[attr-defined]
+
+
+def test_a_server_that_hangs_is_killed_without_the_grace_of_an_orderly_end(tmp_path):
+    script = f'trap "touch {tmp_path}/termed" TERM; echo $$ > {tmp_path}/pid; while true; do sleep 0.1; done'
+    servers = servers_on(tmp_path, script)
+    servers._spawn(servers.servers[0])
+    try:
+        assert wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip() != "")
+        pid = int((tmp_path / "pid").read_text())
+        os.kill(pid, signal.SIGSTOP)
+        servers._end(servers.servers[0], kill=True)
+        assert not alive(pid)
+        assert not (tmp_path / "termed").exists()
+    finally:
+        servers.close()
+
+
+def test_no_server_is_started_once_they_are_closed(tmp_path):
+    servers = servers_on(tmp_path, f"touch {tmp_path}/started")
+    servers.close()
+    with pytest.raises(ServersClosedError):
+        servers.restart(0)
+    assert servers.servers[0].process is None
+    assert not (tmp_path / "started").exists()
+
+
+def test_one_server_cannot_answer_the_challenge_of_another():
+    assert proof("key", "nonce", 1) != proof("key", "nonce", 2)
+    assert proof("key", "nonce", 1) != proof("other", "nonce", 1)
+
+
+def test_temporary_files_go_with_the_run_and_compiled_kernels_stay(tmp_path):
+    environment = server_environment(RolloutConfig(), 0, "key", {"TORCHINDUCTOR_CACHE_DIR": "/kernels"}, "/dev/shm/x")
+    assert environment["TMPDIR"] == environment["VLLM_RPC_BASE_PATH"] == "/dev/shm/x"
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/kernels"
+    assert (
+        "/dev/shm/x" not in server_environment(RolloutConfig(), 0, "key", {}, "/dev/shm/x")["TORCHINDUCTOR_CACHE_DIR"]
+    )
+    too_long_for_a_socket = server_environment(RolloutConfig(), 0, "key", {}, "/x" * 40)
+    assert "TMPDIR" not in too_long_for_a_socket

@@ -71,6 +71,24 @@ def test_files_go_when_the_export_fails_and_when_the_store_closes(store):
     assert not store.folder.exists()
 
 
+def test_a_folder_that_somebody_cleaned_is_made_again_or_named_with_the_remedy(store, caplog):
+    remedy = r"exclude .*/nemo_dapo_weights_\* from what cleans that folder"
+    files = store.write(WEIGHTS.items(), 1)
+    shutil.rmtree(store.folder)
+    with pytest.raises(RuntimeError, match=f"version_1_00000.safetensors was removed: {remedy}"):
+        store.require(files)
+    assert all(file.exists() for file in store.write(WEIGHTS.items(), 2))
+    assert "is made again" in caplog.text
+
+    def cleaned():
+        yield "a", WEIGHTS["a"]
+        shutil.rmtree(store.folder)
+        yield "b", WEIGHTS["b"]
+
+    with pytest.raises(RuntimeError, match=f"was removed while it was written to: {remedy}"):
+        store.write(cleaned(), 3)
+
+
 def test_the_folder_is_private_and_in_shared_memory(store):
     assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
     if weight_sync.SHARED_MEMORY.is_dir():

@@ -19,6 +19,7 @@ from nemo_dapo.types import VersionSpan
 NOT_A_LOGPROB = -9998.0
 # A float32 log-softmax may exceed 0 by the rounding of logits of some hundred: 1e-5. A probability of 1.001 is no rounding.
 MAX_LOGPROB = 1e-3
+TOKEN_NAME = "token_id:"
 FINISH_REASONS = ("stop", "length", "abort")
 
 
@@ -122,8 +123,8 @@ def from_json(body: Any, expected: Expected, assumed_version: int | None) -> Ans
         (choice,) = body["choices"]
         token_ids = [_whole(token) for token in choice["token_ids"]]
         content = (choice["logprobs"] or {}).get("content") or []
-        scored = [_whole(entry["token_id"]) for entry in content if "token_id" in entry]
-        values = [math.nan if entry["logprob"] is None else float(entry["logprob"]) for entry in content]
+        scored = [token for entry in content if (token := _scored(entry)) is not None]
+        values = [math.nan if entry["logprob"] is None else _number(entry["logprob"]) for entry in content]
         spans = choice.get("weight_versions")
         if not spans and assumed_version is not None:
             spans = [{"version": assumed_version, "start": 0, "end": len(token_ids)}]
@@ -141,6 +142,20 @@ def from_json(body: Any, expected: Expected, assumed_version: int | None) -> Ans
     if scored and scored != token_ids:
         raise UnusableAnswerError(f"sample of prompt {expected.uid}: the log-probabilities are of other tokens")
     return answer
+
+
+def _scored(entry: dict[str, Any]) -> int | None:
+    """The token that a log-probability is of, which vLLM gives as a number or by a name; None where it does not say."""
+    if "token_id" in entry:
+        return _whole(entry["token_id"])
+    name = str(entry.get("token", ""))
+    return int(name.removeprefix(TOKEN_NAME)) if name.startswith(TOKEN_NAME) else None
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(f"{value!r:.40} is no number")
+    return float(value)
 
 
 def _whole(value: Any) -> int:

@@ -8,6 +8,9 @@ import hmac
 NONCE_PARAMETER = "nonce"  # of GET /health
 
 
-def proof(key: str, nonce: str) -> bytes:
-    """What only a holder of `key` can answer to `nonce`, in hexadecimal digits."""
-    return hmac.new(key.encode(), nonce.encode(), hashlib.sha256).hexdigest().encode()
+def proof(key: str, nonce: str, port: int) -> bytes:
+    """What only a holder of `key` can answer to `nonce`, in hexadecimal digits.
+
+    The port it listens on is in it: another server of the run, which has the same key, cannot answer for this one.
+    """
+    return hmac.new(key.encode(), f"{port} {nonce}".encode(), hashlib.sha256).hexdigest().encode()

@@ -28,6 +28,7 @@ CONNECT_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 2.0  # below uvicorn's 5: a connection that the server is about to close is not used again
 JSON_BYTES_PER_TOKEN = 1024  # seven times what vLLM sends
 MAX_REFUSAL_BYTES = 1 << 16
+REFUSALS = (400, 413, 422)  # what a server says of a request that is wrong whoever serves it; the rest is about itself
 
 
 class ServerUnavailableError(ConnectionError):
@@ -122,9 +123,9 @@ async def _check_status(response: aiohttp.ClientResponse, uid: str) -> None:
     said = (
         f"HTTP {response.status} {printable((await _read(response, MAX_REFUSAL_BYTES)).decode(errors='replace'), 300)}"
     )
-    if response.status == 429 or response.status >= 500:  # an API server whose engine process died answers 500
-        raise ServerUnavailableError(said)
-    raise RefusedRequestError(f"vLLM refused prompt {uid}: {said}")
+    if response.status in REFUSALS:
+        raise RefusedRequestError(f"vLLM refused prompt {printable(uid)}: {said}")
+    raise ServerUnavailableError(said)  # an API server whose engine process died answers 500
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:

@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import re
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from nemo_dapo.rollout.answers import UnusableAnswerError
 from nemo_dapo.rollout.client import ServerUnavailableError
 from nemo_dapo.rollout.fleet import Fleet, HopelessError, LostServerError, Member
 from nemo_dapo.rollout.loop import LoopThread, all_or_none
-from nemo_dapo.rollout.servers import VLLMServers
+from nemo_dapo.rollout.servers import ServersClosedError, VLLMServers
 from nemo_dapo.types import Prompt, Sample, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -40,9 +41,11 @@ T = TypeVar("T")
 INITIAL_VERSION = 0  # of the weights in the model's folder, until the first update
 MAX_TRIES = 8  # of one sample that servers answer with something unusable
 MAX_LATE = 2  # times that one sample may be late
+MAX_LOST = 4  # times that one sample's server may be lost under it: its prompt may be the cause
 FIRST_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 10.0
 METRICS_SECONDS = 4.0  # for a server to answer /metrics; one that does not has made no progress that we know of
+STARTING, ASLEEP = "start", "sleep"  # why servers may be silent or gone for a while
 BYTES_PER_ELEMENT = {Precision.bf16: 2, Precision.fp32: 4}
 
 ServerCall = Callable[[httpx.AsyncClient, float], Awaitable[Any]]
@@ -85,6 +88,8 @@ class VLLMEngine:
         self._unwell: dict[
             int, str
         ] = {}  # servers that failed at falling asleep or waking up: the next update restarts them
+        self._weights = threading.Lock()  # held while the files or what they are change
+        self._has_newest = [True] * len(servers)  # False while a restarted server has yet to be given the files
         self._paused: list[str] = []  # while it holds something, servers generate nothing by our own doing
         self._submissions = itertools.count()
         self._by_priority = config.vllm.get("scheduling_policy", "priority") == "priority"
@@ -95,7 +100,7 @@ class VLLMEngine:
         fleet = Fleet(
             len(self.servers),
             self.config.max_concurrent_sequences,
-            alive=self.servers.alive,
+            ended=lambda index: None if self.servers.alive(index) else self.servers.describe_exit(index),
             restart=self._restart,
             describe=self.servers.describe,
         )
@@ -139,11 +144,14 @@ class VLLMEngine:
         stop_token_ids = client.stop_tokens(model_path, tokenizer)
         if not stop_token_ids:
             raise ValueError(f"{model_path} names no end-of-sequence token; set eos_token in its tokenizer or config")
-        vocab_size = int(json.loads((model_path / "config.json").read_text()).get("vocab_size") or 0)
+        model = json.loads((model_path / "config.json").read_text())
+        vocab_size = int(model.get("vocab_size") or model.get("text_config", {}).get("vocab_size") or 0)
         store = weight_sync.WeightStore(expected_weights(model_path), BYTES_PER_ELEMENT[precision])
         try:
             servers = VLLMServers(config, model_path, precision, run_dir, seed, scratch=str(store.folder))
-            return cls(config, servers, store, tokenizer, stop_token_ids, vocab_size)
+            engine = cls(config, servers, store, tokenizer, stop_token_ids, vocab_size)
+            engine._paused.append(STARTING)
+            return engine
         except BaseException:
             store.close()
             raise
@@ -154,6 +162,7 @@ class VLLMEngine:
         with ThreadPoolExecutor(max_workers=len(self.servers)) as pool:
             for done in [pool.submit(self._prepare, index) for index in range(len(self.servers))]:
                 done.result()
+        self._paused.remove(STARTING)
 
     @property
     def version(self) -> int:
@@ -185,7 +194,7 @@ class VLLMEngine:
 
     async def _sample(self, prompt: Prompt, body: dict[str, Any], member: Member) -> Sample:
         """One sample, by as many tries as it takes within their bounds; one place on `member` is already taken."""
-        tries = late = 0
+        tries = late = lost = 0
         for backoff in _backoffs():
             life = member.life
             try:
@@ -204,7 +213,13 @@ class VLLMEngine:
             if tries >= MAX_TRIES:
                 raise RuntimeError(f"{tries} answers for prompt {prompt.uid} could not be used; the last: {fault}")
             log.warning("prompt %s will be sent again: %s", prompt.uid, fault)
-            await self._fleet.attend(member, life, fault, is_fatal=is_late)
+            await self._fleet.report(member, life, fault, is_fatal=is_late)
+            lost += life.lost.done() and not is_late
+            if lost > MAX_LOST:
+                raise RuntimeError(
+                    f"servers had to be restarted {lost} times while they sampled prompt {prompt.uid} "
+                    f"({len(prompt.token_ids)} tokens); the last: {fault}"
+                )
             await asyncio.sleep(backoff)
             member = await self._fleet.take(1)
         raise AssertionError("backoffs never end")
@@ -258,15 +273,19 @@ class VLLMEngine:
         Raises ValueError, before a server is touched, unless every parameter of the model comes exactly once;
         RuntimeError when no server takes them.
         """
-        self._files = None  # those of the old version are about to go
-        self._files = self.store.write(weights, version)
-        self._version = version
+        with self._weights:
+            self._files = None  # those of the old version are about to go
+            self._files = self.store.write(weights, version)
+            self._version = version
+            # A restart that is under way ends with these weights: nobody waits for it.
+            updated = [m for m in self._fleet.members if not m.is_down or self._has_newest[m.index]]
         unwell, self._unwell = self._unwell, {}
         with self._pause("weight update"):
-            self._run(all_or_none([self._update(member, unwell.get(member.index)) for member in self._fleet.members]))
+            self._run(all_or_none([self._update(member, unwell.get(member.index)) for member in updated]))
 
     async def _update(self, member: Member, fault: str | None) -> None:
-        life = member.life
+        async with member.repair:  # a restart that ended with the weights before
+            life = member.life
         fault = fault or await self._fault_of(member, "take the weights", self._push)
         if fault:
             await self._fleet.attend(member, life, fault, is_fatal=True)
@@ -275,6 +294,7 @@ class VLLMEngine:
         """Free the servers' GPU memory while the trainer works, where `rollout.vllm.enable_sleep_mode` is set."""
         if self.config.vllm.get("enable_sleep_mode") and not self._asleep:
             self._asleep = True
+            self._paused.append(ASLEEP)
             self._control("/sleep", {"level": "1"})
 
     def wake_up(self) -> None:
@@ -282,6 +302,7 @@ class VLLMEngine:
         if self._asleep:
             self._asleep = False
             self._control("/wake_up", {})
+            self._paused[:] = [reason for reason in self._paused if reason != ASLEEP]
 
     def _control(self, route: str, params: dict[str, str]) -> None:
         """One call of a control route everywhere; a server that fails at it is restarted, awake, by the next update."""
@@ -319,16 +340,26 @@ class VLLMEngine:
 
     def _restart(self, index: int, fault: str) -> None:
         """Start a server anew with the newest weights; blocks. Raises HopelessError where there are none."""
+        with self._weights:
+            self._has_newest[index] = False
+            self._require_weights(fault)
+        self.restarts += 1
+        try:
+            self.servers.restart(index)
+        except ServersClosedError as closed:
+            raise HopelessError(str(closed)) from closed
+        with self._weights:  # an update may have come meanwhile
+            self._require_weights(fault)
+            self._prepare(index)
+            self._has_newest[index] = True
+
+    def _require_weights(self, fault: str) -> None:
         if self._files is None:
             raise HopelessError(f"the last update failed, so there are no weights for it; {fault}")
-        if gone := [file for file in self._files if not file.exists()]:
-            raise HopelessError(
-                f"{gone[0]} is gone: something cleans that folder while the run needs it; exclude "
-                f"{weight_sync.PREFIX}* there"
-            )
-        self.restarts += 1
-        self.servers.restart(index)
-        self._prepare(index)
+        try:
+            self.store.require(self._files)
+        except RuntimeError as gone:
+            raise HopelessError(str(gone)) from gone
 
     def _prepare(self, index: int) -> None:
         """What a fresh server needs once: the transfer engine, the newest weights and their version. Blocks."""

@@ -10,10 +10,12 @@ Everything here runs in the run's event loop, but for `restart`, which blocks in
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +63,8 @@ class Member:
 class Fleet:
     """Admits samples to servers within `limit` each, and has sick servers restarted.
 
-    `restart(index)` blocks until the server serves the newest weights again, and raises when it does not; `alive(index)`
-    looks at its process; `describe(index)` names it and its log.
+    `restart(index)` blocks until the server serves the newest weights again, and raises when it does not; `ended(index)`
+    says how its process ended, None while it lives; `describe(index)` names it and its log.
     """
 
     def __init__(
@@ -70,15 +72,16 @@ class Fleet:
         size: int,
         limit: int,
         *,
-        alive: Callable[[int], bool],
+        ended: Callable[[int], str | None],
         restart: Callable[[int, str], None],
         describe: Callable[[int], str],
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.limit = limit
-        self.alive, self.restart, self.describe = alive, restart, describe
+        self.ended, self.restart, self.describe = ended, restart, describe
         self.members = [Member(index, self._new_life()) for index in range(size)]
         self.waiters: list[asyncio.Future[None]] = []
+        self.repairs: set[asyncio.Task[None]] = set()
 
     def _new_life(self) -> Life:
         return Life(self.loop.create_future())
@@ -144,6 +147,23 @@ class Fleet:
     def progressed(self, member: Member) -> None:
         member.life.progress_at = time.monotonic()
 
+    async def report(self, member: Member, life: Life, fault: str, *, is_fatal: bool = False) -> None:
+        """As `attend`, but returns as soon as it is known that the server is restarted: its requests may go elsewhere.
+
+        The restart belongs to nobody's request, so that one which is cancelled does not cancel it.
+        """
+        repair = asyncio.ensure_future(self.attend(member, life, fault, is_fatal=is_fatal))
+        self.repairs.add(repair)
+        repair.add_done_callback(self._repaired)
+        either: set[asyncio.Future[Any]] = {repair, life.lost}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+
+    def _repaired(self, repair: asyncio.Task[None]) -> None:
+        self.repairs.discard(repair)
+        if repair.cancelled() or (error := repair.exception()) is None or isinstance(error, SickError):
+            return  # whoever takes a server next hears of a SickError
+        log.error("a server's restart failed", exc_info=error)
+
     async def attend(self, member: Member, life: Life, fault: str, *, is_fatal: bool = False) -> None:
         """Note that a request failed in `life` of a server; restart the server where that is called for.
 
@@ -155,8 +175,9 @@ class Fleet:
             now = time.monotonic()
             if now - life.fault_at >= FAULT_SECONDS:
                 life.faults, life.fault_at = life.faults + 1, now
-            if is_fatal or life.faults >= MAX_FAULTS or not self.alive(member.index):
-                await self._restart(member, fault)
+            ended = self.ended(member.index)
+            if ended or is_fatal or life.faults >= MAX_FAULTS:
+                await self._restart(member, ended or fault)
 
     async def _restart(self, member: Member, fault: str) -> None:
         member.is_down = True
@@ -189,9 +210,10 @@ class Fleet:
     async def watch(
         self, counters: Callable[[int], Awaitable[float | None]], timeout: float, paused: Sequence[str]
     ) -> None:
-        """For ever: restart a server with open requests whose `counters(index)`, of tokens generated, stand still.
+        """For ever: restart a server that ended, or has open requests while its `counters(index)`, of tokens, stand still.
 
-        Nothing is held against a server while `paused` is not empty: an update stops generation.
+        Nothing is held against a server while `paused` is not empty: an update stops generation, and while servers sleep
+        there is no room for a new one.
         """
         await asyncio.gather(*(self._watch(member, counters, timeout, paused) for member in self.members))
 
@@ -202,17 +224,15 @@ class Fleet:
         while True:
             await asyncio.sleep(min(LOOK_SECONDS, timeout / 4))
             life = member.life
-            if not member.load or member.is_down or paused:
+            if paused or member.is_down or member.given_up:
                 self.progressed(member)
                 continue
-            count = await counters(member.index)
-            if count is not None and count != seen:
+            if member.load and (count := await counters(member.index)) is not None and count != seen:
                 seen = count
                 self.progressed(member)
             silence = time.monotonic() - life.progress_at
-            if silence > timeout and member.life is life:
-                fault = f"no token of its {member.load} open samples for {silence:.0f} s (rollout.progress_timeout)"
-                try:
-                    await self.attend(member, life, fault, is_fatal=True)
-                except SickError:
-                    continue  # its requests say so
+            hangs = bool(member.load) and silence > timeout and member.life is life and not paused
+            fault = f"no token of its {member.load} open samples for {silence:.0f} s (rollout.progress_timeout)"
+            if hangs or self.ended(member.index):
+                with contextlib.suppress(SickError):  # its requests, or those to come, say so
+                    await self.attend(member, life, fault, is_fatal=hangs)

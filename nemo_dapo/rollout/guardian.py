@@ -5,7 +5,8 @@
 The supervisor starts every server through this file. It needs the standard library alone and has a single thread, so that
 the kernel's parent-death signal, which follows the parent's *thread*, means what it says here.
 
-- stdin is a pipe whose write end only the supervisor holds: closing it, on purpose or by dying, ends the command.
+- stdin is a pipe whose write end only the supervisor holds: closing it, on purpose or by dying, ends the command; KILL
+  before that ends it by SIGKILL at once, for one that is stopped or hangs and would sit out the grace.
   A fork of the supervisor may hold a copy of that end, therefore the parent's process id is watched as well.
 - The guardian is a child subreaper: a descendant that left the process group or lost its own parent is still found.
 - SESSION, a file, says which session the command leads: with it `processes.kill_session` ends what a killed guardian left.
@@ -35,11 +36,12 @@ from nemo_dapo.processes import (
 )
 
 LOOK_SECONDS = 0.2
+KILL = b"k"
 
 
 def end_all(pid: int, ended: dict[int, int], grace: float) -> None:
     """SIGTERM to the command's group, SIGKILL to whatever is alive after `grace` seconds; adds to the statuses `ended`."""
-    if pid not in ended:
+    if pid not in ended and grace:
         os.killpg(pid, signal.SIGTERM)
     deadline = time.monotonic() + grace
     while time.monotonic() < deadline and descendants():
@@ -66,7 +68,10 @@ def main(parent: int, grace: float, session: str, scratch: str, command: list[st
     asked_to_end = False
     while child.pid not in ended and not asked_to_end:
         readable, _, _ = select.select([0], [], [], LOOK_SECONDS)
-        asked_to_end = os.getppid() != parent or (bool(readable) and os.read(0, 1) == b"")
+        asked = os.read(0, 1) if readable else None
+        if asked == KILL:
+            grace = 0.0
+        asked_to_end = os.getppid() != parent or asked is not None
         ended |= reap()
     # A server that died by itself leaves children that cannot serve: they get no grace.
     end_all(child.pid, ended, grace if asked_to_end else 0.0)

@@ -8,6 +8,8 @@ server nor this process, so that a trainer killed by SIGKILL leaves no server, e
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import getpass
 import ipaddress
 import json
 import logging
@@ -17,6 +19,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -52,6 +55,7 @@ RESERVED = {
     "logprobs_mode": "nothing: the trainer needs processed_logprobs",
     "tokens_only": "nothing: the trainer sends token ids",
     "weight_transfer_config": "nothing: the trainer sends the weights",
+    "disable_log_stats": "nothing: a server that hangs is known by its counts of tokens",
 }
 # torchrun's variables describe the trainer's process group; a server that reads them would try to join it.
 LAUNCHER_VARIABLES = re.compile(
@@ -63,6 +67,8 @@ LAUNCHER_VARIABLES = re.compile(
 CPU_VARIABLES = {"VLLM_CPU_CI_ENV": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # vLLM on a CPU takes 92 % of the machine's memory for its cache by default, and compiles for minutes.
 CPU_ENGINE_OPTIONS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+# A Unix socket's path holds 107 bytes, and vLLM names its sockets by a UUID.
+MAX_SOCKET_FOLDER = 107 - 37
 DTYPES = {Precision.bf16: "bfloat16", Precision.fp32: "float32"}
 
 
@@ -118,7 +124,6 @@ def server_environment(
         # Else one sampler function is still compiled by a C++ compiler, during the first request.
         cpu_defaults = {**cpu_defaults, "TORCH_COMPILE_DISABLE": "1"}
     devices = {"CUDA_VISIBLE_DEVICES": config.visible_devices[index]} if config.visible_devices else {}
-    places = dict.fromkeys(("TMPDIR", "VLLM_RPC_BASE_PATH"), scratch) if scratch else {}
     ours = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes of weight transfer, pause and abort
         "VLLM_PLUGINS": "nemo_dapo",  # other packages' plugins import what a server does not need
@@ -126,8 +131,21 @@ def server_environment(
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
+        "JOBLIB_MULTIPROCESSING": "0",  # else an import leaves a semaphore in /dev/shm when the process is killed
     }
-    return {**cpu_defaults, **kept, **devices, **places, **ours}
+    return {**cpu_defaults, **kept, **devices, **places(scratch, inherited), **ours}
+
+
+def places(scratch: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Variables that put sockets and rendezvous files into `scratch`, while compiled kernels stay where runs share them."""
+    if not scratch or len(os.fsencode(scratch)) > MAX_SOCKET_FOLDER:
+        return {}
+    kernels = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    return {
+        "TMPDIR": scratch,
+        "VLLM_RPC_BASE_PATH": scratch,
+        "TORCHINDUCTOR_CACHE_DIR": inherited.get("TORCHINDUCTOR_CACHE_DIR", kernels),
+    }
 
 
 def choose_key(config: RolloutConfig) -> str:
@@ -185,6 +203,10 @@ def log_excerpt(path: Path, start: int) -> str:
     return "\n".join(earlier + (["…"] if earlier else []) + tail)
 
 
+class ServersClosedError(RuntimeError):
+    """The run ends: no server is started any more."""
+
+
 @dataclass
 class Server:
     """One server: its address, its guardian process and where its log of this start begins."""
@@ -196,6 +218,7 @@ class Server:
     seed: int
     process: subprocess.Popen[bytes] | None = None
     log_start: int = 0
+    is_ready: bool = False  # has answered since it was started
 
     @property
     def session_path(self) -> Path:
@@ -208,6 +231,8 @@ class Server:
     def describe_exit(self) -> str:
         code = self.exit_code()
         how = f"was killed by signal {code - 128}" if code and code > 128 else f"ended with exit code {code}"
+        if code is not None and code < 0:
+            how = f"ended with its guardian, which was killed by signal {-code}"
         return f"vLLM server {self.index} {how}. {self.log_path}:\n{log_excerpt(self.log_path, self.log_start)}"
 
 
@@ -228,6 +253,7 @@ class VLLMServers:
         self.scratch = scratch
         self.api_key = choose_key(config)
         self.closing = threading.Event()
+        self._spawning = threading.Lock()
         log_dir = run_dir / "servers"
         log_dir.mkdir(parents=True, exist_ok=True)
         for session in sorted(log_dir.glob("server_*.session")):  # of an earlier run in this folder, which is dead
@@ -275,37 +301,41 @@ class VLLMServers:
         return self.servers[index].describe_exit()
 
     def restart(self, index: int) -> None:
-        """End server `index` if it still runs, start it anew on its port and wait until it is healthy.
+        """Kill server `index` if it still runs, start it anew on its port and wait until it is healthy.
 
         The new one gets a new seed: with the old one it would draw the same samples once more.
         """
         server = self.servers[index]
-        self._end(server)
+        self._end(server, kill=True)
         server.seed += len(self.servers)
         self._spawn(server)
         self._wait_healthy(server, time.monotonic() + self.config.start_timeout)
 
     def close(self) -> None:
-        """End all servers, in parallel; safe to call twice, and from another thread while they start."""
+        """End all servers, in parallel, at once where they are still starting; safe to call twice, and from any thread."""
         self.closing.set()
-        for server in self.servers:
-            if server.process and server.process.stdin:
-                server.process.stdin.close()
-        for server in self.servers:
-            self._end(server)
+        with self._spawning:  # whoever was about to start one has done so, or will not
+            started = [server for server in self.servers if server.process]
+        for server in started:
+            self._ask_to_end(server, kill=not server.is_ready)
+        for server in started:
+            self._end(server, kill=not server.is_ready)
 
     def _spawn(self, server: Server) -> None:
         config = self.config
         command = server_command(config, self.model_path, self.precision, server.port, server.seed)
         wrapper = [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), str(END_GRACE_SECONDS)]
         wrapper += [str(server.session_path), self.scratch]
-        with server.log_path.open("ab") as log_file:
-            server.log_start = log_file.tell()
+        with self._spawning, server.log_path.open("ab") as log_file:
+            if self.closing.is_set():
+                raise ServersClosedError(f"vLLM server {server.index} is not started: the run ends")
+            server.log_start, server.is_ready = log_file.tell(), False
             server.process = subprocess.Popen(
                 [*wrapper, "--", *command],
                 stdin=subprocess.PIPE,
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
+                bufsize=0,
                 env=server_environment(config, server.index, self.api_key, os.environ, self.scratch),
                 start_new_session=True,  # Ctrl-C in the terminal reaches the trainer alone, which then ends the servers
             )
@@ -314,10 +344,11 @@ class VLLMServers:
         started = said = time.monotonic()
         while (now := time.monotonic()) < deadline:
             if self.closing.is_set():
-                raise RuntimeError(f"vLLM server {server.index} was not ready yet when the run ended")
+                raise ServersClosedError(f"vLLM server {server.index} was not ready yet when the run ended")
             if server.exit_code() is not None:
                 raise RuntimeError(f"{server.describe_exit()}\n{remedy(server)}")
-            if asyncio.run(is_healthy(server.url, self.api_key)):
+            if asyncio.run(is_healthy(server.url, self.api_key, server.port)):
+                server.is_ready = True
                 log.info("vLLM server %d is ready at %s", server.index, server.url)
                 return
             if now - said > SECONDS_BETWEEN_WORDS:
@@ -330,13 +361,22 @@ class VLLMServers:
             f"{log_excerpt(server.log_path, server.log_start)}"
         )
 
-    def _end(self, server: Server) -> None:
-        """Close the pipe, which makes the guardian end the server; kill the guardian only when it does not."""
+    def _ask_to_end(self, server: Server, *, kill: bool) -> None:
+        """Close the pipe, which makes the guardian end the server, or kill it where that is said before."""
+        assert server.process is not None
+        assert server.process.stdin is not None
+        # It has ended, or another thread closed the pipe.
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            if kill:
+                server.process.stdin.write(guardian.KILL)
+            server.process.stdin.close()
+
+    def _end(self, server: Server, *, kill: bool) -> None:
+        """End the server by its guardian; kill the guardian only when it does not."""
         process = server.process
         if process is None:
             return
-        if process.stdin:
-            process.stdin.close()
+        self._ask_to_end(server, kill=kill)
         try:
             process.wait(timeout=2 * END_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -346,10 +386,11 @@ class VLLMServers:
         kill_session(str(server.session_path))  # a guardian that was killed leaves the process with the model
 
 
-async def is_healthy(url: str, key: str) -> bool:
-    """Whether a server that knows `key` answers /health with 200; a refused or failed connection is a no.
+async def is_healthy(url: str, key: str, port: int) -> bool:
+    """Whether our server answers /health with 200; a refused or failed connection is a no.
 
-    The key itself is not sent: whoever took the port before our server would get it. Ours answers a challenge.
+    The key itself is not sent: whoever took the port before our server would get it. Ours answers a challenge. Raises
+    RuntimeError for another's 200.
     """
     nonce = secrets.token_hex(16)
     try:
@@ -359,7 +400,13 @@ async def is_healthy(url: str, key: str) -> bool:
             )
     except (httpx.HTTPError, RuntimeError, TimeoutError):
         return False
-    return reply.status == 200 and secrets.compare_digest(reply.body, proof(key, nonce))
+    if reply.status == 200 and not secrets.compare_digest(reply.body, proof(key, nonce, port)):
+        raise RuntimeError(
+            f"what answers at {url} is not our server: another program took the port (free it, or set rollout.port=0 for "
+            "any free one), or the environment of rollout.python holds another version of this package (`pip install "
+            "--no-deps` it there again)"
+        )
+    return reply.status == 200
 
 
 def remedy(server: Server) -> str:

@@ -144,7 +144,7 @@ class RequireKey:
         elif scope["path"] == wire.ROUTE:
             await vllm_route.generate(scope, receive, send)
         elif scope["path"] == "/health" and (nonce := parse_qs(scope["query_string"].decode()).get(NONCE_PARAMETER)):
-            await self.app(scope, receive, with_body(send, proof(self.key, nonce[0])))
+            await self.app(scope, receive, with_body(send, proof(self.key, nonce[0], scope["server"][1])))
         else:
             await self.app(scope, receive, send)
 

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TextIO
 
 import httpx
 from safetensors.torch import save_file
@@ -47,14 +48,18 @@ class WeightStore:
         for place in (SHARED_MEMORY, Path(tempfile.gettempdir())):
             remove_left_folders(place)
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=roomy_folder(needed)))
-        self._lock = (self.folder / LOCK).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._lock = lock(self.folder)
 
     def write(self, weights: Iterable[tuple[str, Tensor]], version: int) -> list[Path]:
         """Replace the stored weights by `weights`; returns the files in the order of the stream.
 
         Raises ValueError unless every expected parameter comes exactly once in its shape; then nothing is kept.
         """
+        if not self.folder.is_dir():
+            log.warning("%s was removed and is made again: %s", self.folder, self._remedy())
+            self._lock.close()
+            self.folder.mkdir(0o700)
+            self._lock = lock(self.folder)
         self._clear()  # first: two versions at once would take twice the memory
         files: list[Path] = []
         sent: dict[str, tuple[int, ...]] = {}
@@ -65,10 +70,17 @@ class WeightStore:
                 save_file(bucket, file)
                 sent |= {name: tuple(tensor.shape) for name, tensor in bucket.items()}
             check_weights(sent, self.expected)
-        except BaseException:
+        except BaseException as error:
             self._clear()
+            if isinstance(error, Exception) and not self.folder.is_dir():
+                raise RuntimeError(f"{self.folder} was removed while it was written to: {self._remedy()}") from error
             raise
         return files
+
+    def require(self, files: Iterable[Path]) -> None:
+        """Raises RuntimeError, which says what to do, where somebody removed one of `files`."""
+        if gone := [file for file in files if not file.exists()]:
+            raise RuntimeError(f"{gone[0]} was removed: {self._remedy()}")
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -76,7 +88,20 @@ class WeightStore:
 
     def _clear(self) -> None:
         for file in self.folder.glob("*.safetensors"):
-            file.unlink()
+            file.unlink(missing_ok=True)
+
+    def _remedy(self) -> str:
+        return (
+            f"exclude {self.folder.parent}/{PREFIX}* from what cleans that folder (a cron job, systemd-tmpfiles, or "
+            "RemoveIPC=yes in logind.conf, which empties /dev/shm when its user logs out)"
+        )
+
+
+def lock(folder: Path) -> TextIO:
+    """The open file that holds the lock of `folder`."""
+    held = (folder / LOCK).open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    return held
 
 
 def remove_left_folders(place: Path) -> None:
