@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PR_SET_CHILD_SUBREAPER = 36
 _PAUSE = 0.005  # seconds between two looks at what is still alive
+_TRACKER_SECONDS = 2.0  # for a resource tracker to remove what the killed processes left, then it is killed as well
 
 
 def prctl(option: int, value: int) -> None:
@@ -72,12 +74,35 @@ def reap() -> dict[int, int]:
 
 def kill_descendants() -> None:
     """SIGKILL to everything below this process, again and again until nothing is left."""
-    while alive := descendants():
+    _kill_all(descendants)
+
+
+def _kill_all(those: Callable[[], list[int]]) -> list[int]:
+    """SIGKILL to `those()` until there are none; what was found.
+
+    Python's resource trackers come last: they end by themselves once their users have, and unlink the shared memory and
+    semaphores that these left in /dev/shm.
+    """
+    found: list[int] = []
+    deadline = time.monotonic() + _TRACKER_SECONDS
+    while alive := those():
+        found += [each for each in alive if each not in found]
+        spare = time.monotonic() < deadline
         for each in alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(each, signal.SIGKILL)
+            if not (spare and _is_resource_tracker(each)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
         time.sleep(_PAUSE)
         reap()
+    return found
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as line:
+            return b"resource_tracker" in line.read()
+    except OSError:
+        return False
 
 
 _SESSION, _STARTED = 3, 19  # which of the fields of `_stat`
@@ -104,15 +129,15 @@ def kill_session(path: str) -> list[int]:
     leader = _stat(said["session"])
     if said["boot"] != _boot() or (leader and int(leader[_STARTED]) != said["started"]):
         return []
-    members = [
-        pid
-        for pid, fields in _alive().items()
-        if int(fields[_SESSION]) == said["session"] and int(fields[_STARTED]) >= said["started"]
-    ]
-    for pid in members:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return members
+
+    def members() -> list[int]:
+        return [
+            pid
+            for pid, fields in _alive().items()
+            if int(fields[_SESSION]) == said["session"] and int(fields[_STARTED]) >= said["started"]
+        ]
+
+    return _kill_all(members)
 
 
 def _boot() -> str:

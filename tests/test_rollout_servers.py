@@ -337,3 +337,33 @@ def test_temporary_files_go_with_the_run_and_compiled_kernels_stay(tmp_path):
     )
     too_long_for_a_socket = server_environment(RolloutConfig(), 0, "key", {}, "/x" * 40)
     assert "TMPDIR" not in too_long_for_a_socket
+
+
+SHARES_MEMORY = """
+from multiprocessing.shared_memory import SharedMemory
+import time
+shared = SharedMemory(create=True, size=8)
+with open({out!r}, "w") as file:
+    file.write(shared.name)
+time.sleep(987)
+"""
+
+
+@pytest.mark.parametrize("guardian_killed_before", [False, True])
+def test_shared_memory_of_a_killed_server_is_removed(guardian_killed_before, tmp_path):
+    out = tmp_path / "name"
+    (tmp_path / "server.py").write_text(SHARES_MEMORY.format(out=str(out)))
+    servers = servers_on(tmp_path, f"exec {sys.executable} {tmp_path}/server.py")
+    servers._spawn(servers.servers[0])
+    try:
+        assert wait_until(lambda: out.exists() and out.read_text() != "")
+        shared = Path("/dev/shm") / out.read_text()
+        assert shared.exists()
+        process = servers.servers[0].process
+        assert process is not None
+        if guardian_killed_before:
+            process.kill()
+        servers._end(servers.servers[0], kill=True)
+        assert not shared.exists()
+    finally:
+        servers.close()
