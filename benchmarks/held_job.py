@@ -38,7 +38,7 @@ class ScriptedEngine:
     @staticmethod
     def _sample(length: int) -> Sample:
         tokens = tuple(random.randrange(2, 250) for _ in range(length))
-        return Sample(tokens, (0.0,) * length, "x" * length, "length")
+        return Sample(tokens, (0.0,) * length, "length")
 
     def update_weights(self, weights: Iterable[Any], version: int) -> None:
         for _ in weights:

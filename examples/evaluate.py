@@ -65,6 +65,7 @@ def run(config: RunConfig) -> EvaluationResult:
     from transformers import AutoTokenizer
 
     from nemo_dapo.data.load import load_run_data
+    from nemo_dapo.detokenizer import decoder_of
     from nemo_dapo.evaluation import evaluate
     from nemo_dapo.rewards.pool import RewardPool
     from nemo_dapo.rollout.engine import VLLMEngine
@@ -76,7 +77,7 @@ def run(config: RunConfig) -> EvaluationResult:
         print(report, flush=True)
     model_path, output = Path(config.model.path), Path(config.output_dir)
     with (
-        RewardPool.from_config(config.reward, printed=output / "rewards.log") as rewarder,
+        RewardPool.from_config(config.reward, tokenizer, printed=output / "rewards.log") as rewarder,
         VLLMEngine.start(config.rollout, model_path, config.model.precision, output, tokenizer, config.seed) as engine,
     ):
         if config.evaluation.checkpoint:
@@ -87,6 +88,7 @@ def run(config: RunConfig) -> EvaluationResult:
                 rewarder,
                 {one.name: one.prompts for one in data.eval},
                 config.evaluation,
+                decode=decoder_of(tokenizer),
                 max_response_length=config.rollout.max_response_length,
                 samples={name: one.samples for name, one in config.data.eval.items()},
                 max_concurrent_sequences=config.rollout.max_concurrent_sequences * config.rollout.num_servers,

@@ -97,6 +97,7 @@ def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack, resumed
     from nemo_dapo.data.curriculum import Curriculum
     from nemo_dapo.data.load import load_run_data
     from nemo_dapo.data.loader import PromptLoader
+    from nemo_dapo.detokenizer import decoder_of
     from nemo_dapo.rewards.pool import RewardPool
     from nemo_dapo.rollout.engine import VLLMEngine
     from nemo_dapo.rollout.replay import ReplayEngine
@@ -117,7 +118,7 @@ def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack, resumed
     curriculum = Curriculum(config.data.skip_solved_visits)
     accept = config.data.accept_changed
     loader = PromptLoader(data.train, config.seed, curriculum, rendering=data.rendering, accept_changed=accept)
-    rewarder = stack.enter_context(RewardPool.from_config(config.reward, printed=run_dir / "rewards.log"))
+    rewarder = stack.enter_context(RewardPool.from_config(config.reward, tokenizer, printed=run_dir / "rewards.log"))
     sinks = make_sinks(config, run_dir, resumed)
     stack.callback(sinks.close)
     eval_sets = {one.name: one.prompts for one in data.eval}
@@ -138,7 +139,7 @@ def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack, resumed
     def start() -> Controller:
         if isinstance(engine, VLLMEngine):
             engine.start_servers()
-        return Controller(config, run_dir, engine, rewarder, loader, eval_sets, sinks)
+        return Controller(config, run_dir, engine, rewarder, loader, eval_sets, sinks, decoder_of(tokenizer))
 
     return executor.submit(start)
 

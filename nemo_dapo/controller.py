@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from nemo_dapo.algorithm import group_advantages, overlong_penalty
 from nemo_dapo.batching import make_batch
 from nemo_dapo.config import RunConfig
 from nemo_dapo.data.loader import PromptLoader
+from nemo_dapo.detokenizer import Decode
 from nemo_dapo.evaluation import EvaluationResult, evaluate
 from nemo_dapo.interfaces import Rewarder, RolloutEngine
 from nemo_dapo.rewards.shaping import score_of
@@ -47,9 +49,11 @@ class Controller:
         loader: PromptLoader,
         eval_sets: Mapping[str, Sequence[Prompt]],
         sink: Sink,
+        decode: Decode,
     ) -> None:
         self.config, self.run_dir = config, run_dir
         self.engine, self.rewarder, self.loader = engine, rewarder, loader
+        self.decode = decode
         self.eval_sets, self.sink, self.console = eval_sets, sink, Console(config.trainer.max_steps)
         rollout, algorithm = config.rollout, config.algorithm
         self.sampler = GroupSampler(
@@ -76,7 +80,7 @@ class Controller:
             if not group.num_errors:
                 self.loader.record(group.prompt.uid, group.num_correct, len(group.samples))
         advantages = self._advantages(self._rewards(collected.groups))
-        self._dump(step, collected)
+        await asyncio.to_thread(self._dump, step, collected)  # decoding and compressing take seconds
         return Rollout(make_batch(collected.groups, advantages), collected.groups, self._metrics(collected))
 
     def _rewards(self, groups: Sequence[Group]) -> torch.Tensor:
@@ -122,6 +126,7 @@ class Controller:
             groups,
             rewards.tolist(),
             self._advantages(rewards).tolist(),
+            decode=self.decode,
             step=step,
             max_mb=self.config.logger.rollout_max_mb,
             tokens=self.config.logger.rollout_tokens,
@@ -137,6 +142,7 @@ class Controller:
             self.rewarder,
             self.eval_sets,
             self.config.evaluation,
+            decode=self.decode,
             max_response_length=rollout.max_response_length,
             samples={name: one.samples for name, one in self.config.data.eval.items()},
             max_concurrent_sequences=rollout.max_concurrent_sequences * rollout.num_servers,

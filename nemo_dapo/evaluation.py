@@ -32,6 +32,7 @@ from scipy.special import stdtrit
 from tqdm import tqdm
 
 from nemo_dapo.config import EvaluationConfig
+from nemo_dapo.detokenizer import Decode
 from nemo_dapo.files import replacing
 from nemo_dapo.interfaces import Rewarder, RolloutEngine
 from nemo_dapo.rewards.math import canonical
@@ -213,6 +214,7 @@ async def evaluate(
     sets: Mapping[str, Sequence[Prompt]],
     config: EvaluationConfig,
     *,
+    decode: Decode,
     max_response_length: int,
     samples: Mapping[str, int] | None = None,
     max_concurrent_sequences: int = 1024,
@@ -221,8 +223,8 @@ async def evaluate(
     """Samples and judges every problem of `sets` (name -> prompts).
 
     `samples` (name -> n) holds where it names a set with n > 0, else the config's; `max_response_length` (tokens) where the
-    config's is 0. At most `max_concurrent_sequences` responses are in
-    flight; `progress` draws a bar where standard error is a terminal. Deadlines are the engine's and the rewarder's; the
+    config's is 0. `decode` makes the texts that `save_responses` asks for. At most `max_concurrent_sequences` responses are
+    in flight; `progress` draws a bar where standard error is a terminal. Deadlines are the engine's and the rewarder's; the
     first error of theirs stops the rest and is raised.
     """
     if config.samples < 1:
@@ -245,7 +247,9 @@ async def evaluate(
             drawn = await engine.generate(prompt, counts[name], params)
             verdicts = await rewarder.score(prompt, drawn)
         bar.update()
-        return problem_result(name, prompt, drawn, verdicts, keep_responses=config.save_responses)
+        ids = [sample.token_ids for sample in drawn]
+        texts = await asyncio.to_thread(decode, ids) if config.save_responses else []
+        return problem_result(name, prompt, drawn, verdicts, texts)
 
     with bar:
         results = await _all([one(name, prompt) for name, prompts in sets.items() for prompt in prompts])
@@ -255,9 +259,12 @@ async def evaluate(
 
 
 def problem_result(
-    name: str, prompt: Prompt, samples: Sequence[Sample], verdicts: Sequence[Verdict], *, keep_responses: bool = False
+    name: str, prompt: Prompt, samples: Sequence[Sample], verdicts: Sequence[Verdict], responses: Sequence[str] = ()
 ) -> ProblemResult:
-    """One problem's record. An aborted sample has no verdict, whatever the verifier made of it."""
+    """One problem's record, with its samples' texts where `responses` has them.
+
+    An aborted sample has no verdict, whatever the verifier made of it.
+    """
     aborted = [sample.finish_reason == "abort" for sample in samples]
     errors = [None if gone else verdict.error for gone, verdict in zip(aborted, verdicts, strict=True)]
     unjudged = [gone or error is not None for gone, error in zip(aborted, errors, strict=True)]
@@ -273,7 +280,7 @@ def problem_result(
         aborted=aborted,
         lengths=[len(sample.token_ids) for sample in samples],
         truncated=[sample.truncated for sample in samples],
-        responses=[sample.text for sample in samples] if keep_responses else [],
+        responses=list(responses),
     )
 
 

@@ -61,13 +61,12 @@ class Sample:
 
     `token_ids` [R] int32 ends with the end-of-sequence token when the model produced one; `logprobs` [R] float32 holds the
     engine's own log-probability (nats) of each; `finish_reason` is `stop` (the model ended), `length` (cut at `max_tokens`)
-    or `abort`. `text` is the decoded response without special tokens. Both arrays are read-only, made from whatever
-    sequence is given: eight bytes a token, where Python's own numbers take eighty.
+    or `abort`. Both arrays are read-only, made from whatever sequence is given: eight bytes a token, where Python's own
+    numbers take eighty. The text is made where it is needed: `nemo_dapo.detokenizer`.
     """
 
     token_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
-    text: str
     finish_reason: str
     versions: tuple[VersionSpan, ...] = ()
 
@@ -76,7 +75,7 @@ class Sample:
         object.__setattr__(self, "logprobs", _read_only(self.logprobs, np.float32))
 
     def _key(self) -> tuple[Any, ...]:
-        return self.token_ids.tobytes(), self.logprobs.tobytes(), self.text, self.finish_reason, self.versions
+        return self.token_ids.tobytes(), self.logprobs.tobytes(), self.finish_reason, self.versions
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sample) and self._key() == other._key()

@@ -24,7 +24,7 @@ def batch_of(lengths: list[int], prompt_lengths: list[int]) -> TrainBatch:
 
 
 def sample(tokens: tuple[int, ...], logprobs: tuple[float, ...]) -> Sample:
-    return Sample(token_ids=tokens, logprobs=logprobs, text="", finish_reason="stop")
+    return Sample(token_ids=tokens, logprobs=logprobs, finish_reason="stop")
 
 
 # ------------------------------------------------------------------ make_batch

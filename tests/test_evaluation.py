@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nemo_dapo.config import EvaluationConfig
+from nemo_dapo.detokenizer import Ids
 from nemo_dapo.evaluation import (
     EvaluationResult,
     ProblemResult,
@@ -31,7 +32,11 @@ def prompt(name: str, truth: str = "7") -> Prompt:
 
 
 def sample(text: str, finish_reason: str = "stop") -> Sample:
-    return Sample(tuple(range(len(text))), (0.0,) * len(text), text, finish_reason)
+    return Sample([*map(ord, text)], (0.0,) * len(text), finish_reason)
+
+
+def decode(responses: Sequence[Ids]) -> list[str]:
+    return ["".join(map(chr, ids)) for ids in responses]
 
 
 def result(answers: str, errors: str = "") -> ProblemResult:
@@ -189,7 +194,7 @@ class FakeEngine:
 
 class FakeRewarder:
     async def score(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
-        return [Verdict(s.text == "7", extracted=s.text) for s in samples]
+        return [Verdict(text == "7", extracted=text) for text in decode([s.token_ids for s in samples])]
 
 
 SETS = {"seven": [prompt("7")] * 10, "mixed": [prompt("7"), prompt("33")]}
@@ -203,6 +208,7 @@ def test_several_sets_are_evaluated_in_one_go_within_the_concurrency_bound(tmp_p
             FakeRewarder(),
             SETS,
             config,
+            decode=decode,
             max_response_length=64,
             max_concurrent_sequences=12,
             progress=False,
@@ -226,7 +232,7 @@ def test_several_sets_are_evaluated_in_one_go_within_the_concurrency_bound(tmp_p
 def test_a_set_may_have_a_number_of_samples_of_its_own() -> None:
     engine, config = FakeEngine(), EvaluationConfig(samples=4)
     run = evaluate(
-        engine, FakeRewarder(), SETS, config, max_response_length=8, samples={"seven": 2, "mixed": 0},
+        engine, FakeRewarder(), SETS, config, decode=decode, max_response_length=8, samples={"seven": 2, "mixed": 0},
         max_concurrent_sequences=8, progress=False,
     )  # fmt: skip
     outcome = asyncio.run(run)
@@ -241,7 +247,14 @@ def test_the_first_error_stops_the_evaluation_and_is_raised() -> None:
     sets = {"s": [prompt("33")] + [prompt("7")] * 50}
     config = EvaluationConfig(samples=1)
     run = evaluate(
-        engine, FakeRewarder(), sets, config, max_response_length=8, max_concurrent_sequences=2, progress=False
+        engine,
+        FakeRewarder(),
+        sets,
+        config,
+        decode=decode,
+        max_response_length=8,
+        max_concurrent_sequences=2,
+        progress=False,
     )
     with pytest.raises(RuntimeError, match="server died"):
         asyncio.run(run)
@@ -279,4 +292,8 @@ def test_files_are_strict_json_of_plain_lines(tmp_path: Path) -> None:
 
 def test_no_samples_is_refused() -> None:
     with pytest.raises(ValueError, match=r"evaluation\.samples=0 must be at least 1"):
-        asyncio.run(evaluate(FakeEngine(), FakeRewarder(), {}, EvaluationConfig(samples=0), max_response_length=1))
+        asyncio.run(
+            evaluate(
+                FakeEngine(), FakeRewarder(), {}, EvaluationConfig(samples=0), decode=decode, max_response_length=1
+            )
+        )

@@ -22,6 +22,7 @@ from nemo_dapo.config import RewardConfig, RewardStyle, RewardTermConfig
 from nemo_dapo.rewards.pool import RewardPool
 from nemo_dapo.rewards.shaping import score_of
 from nemo_dapo.types import Prompt, Sample, Verdict
+from tests.tiny import said, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +32,7 @@ PROMPT = Prompt(uid="u", token_ids=(1, 2), problem="What is 3 + 4?", ground_trut
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RewardPool]:
     # 2 s: far above what any well-behaved item here takes on a busy machine, short enough for the ones that hang.
-    with RewardPool("reward_functions:misbehave", workers=2, timeout=2.0, memory_mb=1024) as pool:
+    with RewardPool("reward_functions:misbehave", tiny_tokenizer(), workers=2, timeout=2.0, memory_mb=1024) as pool:
         yield pool
 
 
@@ -40,7 +41,7 @@ def score(pool: RewardPool, *texts: str) -> list[Verdict]:
 
 
 def test_verdicts_come_in_the_order_of_the_samples(pool: RewardPool) -> None:
-    samples = [Sample((1,), (0.0,), text, "stop") for text in ("7", "8", "7", "9") * 20]
+    samples = [said(text) for text in ("7", "8", "7", "9") * 20]
     verdicts = asyncio.run(pool.score(PROMPT, samples))
     assert [v.correct for v in verdicts] == [True, False, True, False] * 20
 
@@ -355,3 +356,52 @@ def test_from_config_reads_with_the_configured_style_and_patterns() -> None:
     config = RewardConfig(function="nemo_dapo.rewards.math:verify", answer_patterns=["A: (.*)"], workers=1)
     with RewardPool.from_config(config) as pool:
         assert [v.correct for v in score(pool, "A: 7.0", "Answer: 7")] == [True, False]
+
+
+LONG = "We compute ½ and 😀. " * 5_000  # 100,000 characters, of one, two and four bytes
+
+
+def judged(pool: RewardPool, *texts: str) -> list[Verdict]:
+    """By token ids: each text's, with an end of sequence that no function may see."""
+    samples = [Sample([*said(text).token_ids, 1], [0.0] * (len(said(text).token_ids) + 1), "stop") for text in texts]
+    return asyncio.run(pool.score(PROMPT, samples))
+
+
+def test_a_function_of_the_users_gets_the_whole_text_of_a_sample() -> None:
+    with RewardPool("reward_functions:length", tiny_tokenizer(), workers=1) as pool:
+        assert [v.score for v in judged(pool, LONG, "", "é")] == [len(LONG), 0, 1]
+    with RewardPool("reward_functions:rank", tiny_tokenizer(), workers=1) as pool:
+        assert [v.score for v in judged(pool, "é😀", LONG, "aaa")] == [0, 2, 1]
+
+
+def test_the_verifiers_judge_a_long_sample_by_its_end_and_ids_and_texts_alike() -> None:
+    texts = [rf"\boxed{{8}} {LONG} \boxed{{7}}", LONG, rf"\boxed{{7}} {LONG}", f"{LONG} Answer: 7", "Answer: 7"]
+    for style, correct in (("math", [True, False, False, True, True]), ("dapo", [False, False, False, True, True])):
+        with RewardPool.from_config(RewardConfig(style=RewardStyle(style), workers=1), tiny_tokenizer()) as pool:
+            assert [v.correct for v in judged(pool, *texts)] == correct, style
+            assert judged(pool, *texts) == score(pool, *texts), style
+
+
+def test_a_replaced_worker_decodes_as_the_lost_one_did(pool: RewardPool) -> None:
+    verdicts = judged(pool, "exit", "7", "segfault", "7", "8")
+    assert [v.correct for v in verdicts] == [False, True, False, True, False]
+    assert [v.error is not None for v in verdicts] == [True, False, True, False, False]
+
+
+class Spelled:
+    """A tokenizer of Python alone: a token is a character's number."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(map(chr, ids))
+
+
+def test_a_tokenizer_without_a_backend_decodes_in_the_trainer_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    sample = Sample([ord("7")], [0.0], "stop")
+    with RewardPool("reward_functions:matches", Spelled(), workers=1) as pool:
+        assert asyncio.run(pool.score(PROMPT, [sample])) == [Verdict(True)]
+        assert "Spelled has no backend of the tokenizers library" in caplog.text
+    with (
+        RewardPool("reward_functions:matches", workers=1) as pool,
+        pytest.raises(ValueError, match="without a tokenizer scores texts alone"),
+    ):
+        asyncio.run(pool.score(PROMPT, [sample]))

@@ -90,7 +90,7 @@ class Engine:
             self.in_flight -= 1
         self.finished.append(i)
         tokens = tuple(range(self.length(i)))
-        return [Sample(tokens, (0.0,) * len(tokens), f"{i}", self.finish_reason(i)) for _ in range(n)]
+        return [Sample(tokens, (0.0,) * len(tokens), self.finish_reason(i)) for _ in range(n)]
 
     async def score(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
         i = prompt.metadata["i"]
@@ -131,7 +131,7 @@ def random_latency(seed: int) -> Callable[[int], float]:
     [(0, DropReason.all_wrong), (1, None), (G - 1, None), (G, DropReason.all_right)],
 )
 def test_a_group_is_kept_when_some_but_not_all_of_it_is_right(num_correct: int, expected: DropReason | None) -> None:
-    samples = tuple(Sample((1,), (0.0,), "", "stop") for _ in range(G))
+    samples = tuple(Sample((1,), (0.0,), "stop") for _ in range(G))
     verdicts = tuple(Verdict(k < num_correct) for k in range(G))
     group = Group(Loader().next(), samples, verdicts)
     assert judge(group, dynamic_sampling=True) is expected
@@ -214,7 +214,7 @@ def test_an_error_rate_of_one_never_stops_a_run() -> None:
 
 
 def test_what_an_error_text_holds_cannot_steer_the_terminal_it_is_shown_on() -> None:
-    samples = tuple(Sample((1,), (0.0,), "", "stop") for _ in range(G))
+    samples = tuple(Sample((1,), (0.0,), "stop") for _ in range(G))
     group = Group(Loader().next(), samples, (Verdict(False, error="bad \x1b[2J\u202e" + "x" * 10_000),) * G)
     with pytest.raises(RuntimeError) as stopped:
         check_verifier([group], 0.5)

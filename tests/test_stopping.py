@@ -13,9 +13,11 @@ import pytest
 from nemo_dapo.config import AlgorithmConfig, LoggerConfig, RewardConfig, RunConfig
 from nemo_dapo.controller import Controller
 from nemo_dapo.data.curriculum import Curriculum
+from nemo_dapo.detokenizer import decoder_of
 from nemo_dapo.rewards.pool import RewardPool
 from nemo_dapo.telemetry.sinks import Sinks
 from nemo_dapo.types import Prompt, Sample, SamplingParams
+from tests.tiny import said, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +46,7 @@ class Engine:
     text = "raise"
 
     async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
-        return [Sample((5, 1), (-0.5, -0.5), self.text, "stop")] * n
+        return [said(self.text)] * n
 
     def update_weights(self, weights: Any, version: int) -> None: ...
 
@@ -55,7 +57,7 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RewardPool]:
-    with RewardPool("reward_functions:misbehave", workers=1) as pool:
+    with RewardPool("reward_functions:misbehave", tiny_tokenizer(), workers=1) as pool:
         yield pool
 
 
@@ -66,7 +68,7 @@ def controller(folder: Path, pool: RewardPool, **reward: float) -> Controller:
         logger=LoggerConfig(rollout_every=1, rollout_tokens=True, progress=False),
     )
     config.reward.overlong.buffer = 0
-    return Controller(config, folder, Engine(), pool, Loader(), {}, Sinks())  # type: ignore[arg-type]
+    return Controller(config, folder, Engine(), pool, Loader(), {}, Sinks(), decoder_of(tiny_tokenizer()))  # type: ignore[arg-type]
 
 
 def test_a_reward_that_always_raises_is_said_at_once_and_ends_the_run_in_its_first_step(
@@ -86,7 +88,8 @@ def test_steps_without_a_group_are_counted_through_a_checkpoint_and_recorded_who
     assert rollout.metrics["rollout/verifier_errors"] == 20 * 4
     recorded = pq.read_table(tmp_path / "rollouts" / "step_000001.parquet")
     assert set(recorded["error"].to_pylist()) == {"exception: KeyError: 'missing'"}
-    assert recorded["logprobs"].to_pylist() == [[-0.5, -0.5]] * 80
+    assert set(recorded["response"].to_pylist()) == {"raise"}
+    assert recorded["logprobs"].to_pylist() == [[-0.5] * len("raise")] * 80
     second = controller(tmp_path, pool, max_error_rate=1.0)
     second.load_state_dict(first.state_dict())
     with pytest.raises(

@@ -50,7 +50,7 @@ def _one_rank(tmp_path: Path) -> Iterator[None]:
 
 
 def rollout_of(uids: list[str]) -> Rollout:
-    sample = Sample((5, 6, 1), (-0.5,) * R, "x", "stop")
+    sample = Sample((5, 6, 1), (-0.5,) * R, "stop")
     groups = tuple(
         Group(Prompt(uid, (3, 4), "", ""), (sample,) * G, (Verdict(True), Verdict(False)), i)
         for i, uid in enumerate(uids)

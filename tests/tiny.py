@@ -9,10 +9,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
+from nemo_dapo.types import Sample
+
 FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
-def save_tiny_tokenizer(path: Path) -> None:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer without merges: one token a byte, so every text survives encode and decode.
 
     `AutoTokenizer` ignores the pre-tokenizer of tokenizer.json when config.json says `qwen2` and builds the family's own,
@@ -24,7 +26,17 @@ def save_tiny_tokenizer(path: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(path)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def save_tiny_tokenizer(path: Path) -> None:
+    tiny_tokenizer().save_pretrained(path)
+
+
+def said(text: str, finish_reason: str = "stop") -> Sample:
+    """A sample that says `text` in the tokens of `tiny_tokenizer`."""
+    ids = tiny_tokenizer().encode(text)
+    return Sample(ids, (-0.5,) * len(ids), finish_reason)
 
 
 def save_tiny_model(

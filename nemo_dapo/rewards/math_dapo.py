@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from nemo_dapo.types import Verdict
 
-_TAIL = 300
+MAX_TAIL = 300  # characters at the end of a response that are read
 _ANSWER = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
 _INVALID = "[INVALID]"
 
@@ -40,7 +40,7 @@ def verify(response: str, ground_truth: str, *, answer_patterns: Sequence[str] =
     """Judge by the strict rule; `answer_patterns` is refused, because with others the rule would not be the recipe's."""
     if answer_patterns:
         raise ValueError("reward.style=dapo reads `Answer:` alone; use reward.style=math for answer_patterns")
-    found = _ANSWER.findall(response[-_TAIL:])
+    found = _ANSWER.findall(response[-MAX_TAIL:])
     extracted = found[-1] if found else _INVALID
     answer = normalize(extracted)
     return Verdict(correct=answer == normalize(str(ground_truth)), extracted=answer if found else None)

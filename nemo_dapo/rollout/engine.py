@@ -67,14 +67,12 @@ class VLLMEngine:
         config: RolloutConfig,
         servers: VLLMServers,
         store: weight_sync.WeightStore,
-        tokenizer: Any,
         stop_token_ids: list[int],
         vocab_size: int = 0,
     ) -> None:
         self.config = config
         self.servers = servers
         self.store = store
-        self.tokenizer = tokenizer
         self.stop_token_ids = stop_token_ids
         self.vocab_size = vocab_size
         self.max_model_len = int(
@@ -149,7 +147,7 @@ class VLLMEngine:
         store = weight_sync.WeightStore(expected_weights(model_path), BYTES_PER_ELEMENT[precision])
         try:
             servers = VLLMServers(config, model_path, precision, run_dir, seed, scratch=str(store.folder))
-            engine = cls(config, servers, store, tokenizer, stop_token_ids, vocab_size)
+            engine = cls(config, servers, store, stop_token_ids, vocab_size)
             engine._paused.append(STARTING)
             return engine
         except BaseException:
@@ -201,7 +199,7 @@ class VLLMEngine:
                 life = await self._fleet.ready(member)
                 answer = await self._try(prompt, body, member)
                 self._fleet.served(member)
-                return self._as_sample(answer)
+                return Sample(answer.token_ids, answer.logprobs, answer.finish_reason, answer.versions)
             except (ServerUnavailableError, LostServerError, UnusableAnswerError, LateError) as problem:
                 fault = f"{self.servers.describe(member.index)}: {problem}"
                 tries, late = tries + isinstance(problem, UnusableAnswerError), late + isinstance(problem, LateError)
@@ -255,15 +253,6 @@ class VLLMEngine:
             await asyncio.wait({request})
             if not request.cancelled():
                 request.exception()  # seen: whatever it was, it came too late
-
-    def _as_sample(self, answer: answers.Answer) -> Sample:
-        return Sample(
-            token_ids=answer.token_ids,
-            logprobs=answer.logprobs,
-            text=self.tokenizer.decode(answer.token_ids, skip_special_tokens=True),
-            finish_reason=answer.finish_reason,
-            versions=answer.versions,
-        )
 
     # ---------------------------------------------------------------- servers
 

@@ -2,7 +2,7 @@
 
 A run with `logger.rollout_every=1 logger.rollout_tokens=true` records, step by step and in submission order, every group
 that decided the step: kept, dropped or aborted. `rollout.replay=<its rollouts folder>` puts this engine in place of the
-servers; everything else is the real run. Verdicts are not replayed: the run's own rewarder judges the recorded texts again.
+servers; everything else is the real run. Verdicts are not replayed: the run's own rewarder judges the tokens again.
 The sampler asks in submission order, so the k-th request of a step is the k-th recorded group; whatever it asks for beyond
 them is surplus, which it cancels.
 """

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,9 @@ import pyarrow.parquet as pq
 
 from nemo_dapo.files import replacing
 from nemo_dapo.types import Group, Sample, Verdict, VersionSpan
+
+if TYPE_CHECKING:
+    from nemo_dapo.detokenizer import Decode
 
 SCHEMA = pa.schema(
     [
@@ -86,14 +89,15 @@ def write_rollouts(
     rewards: Sequence[Sequence[float]],
     advantages: Sequence[Sequence[float]],
     *,
+    decode: Decode,
     step: int,
     max_mb: int,
     tokens: bool = False,
 ) -> RolloutDump:
     """Writes the samples of `groups` to `path`, whole or not at all, in at most `max_mb` MiB.
 
-    Groups are written whole and in order; those that would pass the bound are left out. Tensors serve as rewards and
-    advantages after `.tolist()`. `tokens` adds token ids and log-probabilities.
+    `decode` makes the texts, a group at a time. Groups are written whole and in order; those that would pass the bound are
+    left out. Tensors serve as rewards and advantages after `.tolist()`. `tokens` adds token ids and log-probabilities.
     """
     if not len(groups) == len(rewards) == len(advantages):
         raise ValueError(
@@ -102,7 +106,7 @@ def write_rollouts(
     schema = (pa.unify_schemas([SCHEMA, TOKEN_SCHEMA]) if tokens else SCHEMA).with_metadata(
         {NUM_GROUPS: str(len(groups))}
     )
-    tables = (_table(schema, step, *row) for row in zip(groups, rewards, advantages, strict=True))
+    tables = (_table(schema, step, decode, *row) for row in zip(groups, rewards, advantages, strict=True))
     # Parquet's footer grows by some kB a row group: a 32nd of the bound, and 64 kB, are kept for it.
     budget = max_mb * 2**20 * 31 // 32 - 2**16
     written = 0
@@ -130,7 +134,7 @@ def read_rollouts(path: Path) -> list[RecordedGroup]:
     file = pq.ParquetFile(path)
     if missing := set(TOKEN_SCHEMA.names) - set(file.schema_arrow.names):
         raise ValueError(f"{path} lacks {sorted(missing)}: record with logger.rollout_tokens=true")
-    names = ["group", "uid", "response", "finish_reason", "versions", *TOKEN_SCHEMA.names]
+    names = ["group", "uid", "finish_reason", "versions", *TOKEN_SCHEMA.names]
     rows = file.read(columns=names).to_pylist()
     groups = [_recorded(list(same)) for _, same in itertools.groupby(rows, key=lambda row: row["group"])]
     expected = int((file.schema_arrow.metadata or {})[NUM_GROUPS])
@@ -146,7 +150,6 @@ def _recorded(rows: list[dict[str, Any]]) -> RecordedGroup:
         Sample(
             token_ids=np.array(row["token_ids"], np.int32),
             logprobs=np.array(row["logprobs"], np.float32),
-            text=row["response"],
             finish_reason=row["finish_reason"],
             versions=tuple(VersionSpan(**span) for span in row["versions"]),
         )
@@ -178,7 +181,12 @@ def _fitting(tables: list[pa.Table], room: int) -> list[pa.Table]:
 
 
 def _table(
-    schema: pa.Schema, step: int, group: Group, rewards: Sequence[float], advantages: Sequence[float]
+    schema: pa.Schema,
+    step: int,
+    decode: Decode,
+    group: Group,
+    rewards: Sequence[float],
+    advantages: Sequence[float],
 ) -> pa.Table:
     shared = {
         "step": step,
@@ -191,12 +199,14 @@ def _table(
         "prompt_token_ids": group.prompt.token_ids,
     }
     verdicts = group.verdicts or [NOT_JUDGED] * len(group.samples)  # of an aborted group there are none
-    judged = zip(group.samples, verdicts, rewards, advantages, strict=True)
+    texts = decode([sample.token_ids for sample in group.samples])
+    judged = zip(group.samples, texts, verdicts, rewards, advantages, strict=True)
     rows = [
         shared
         | _sample(sample)
         | {
             "sample": number,
+            "response": _clean(text),
             "correct": None if verdict.error is not None else verdict.correct,
             "extracted": _clean(verdict.extracted),
             "error": _clean(verdict.error),
@@ -204,14 +214,13 @@ def _table(
             "reward": reward,
             "advantage": advantage,
         }
-        for number, (sample, verdict, reward, advantage) in enumerate(judged)
+        for number, (sample, text, verdict, reward, advantage) in enumerate(judged)
     ]
     return pa.Table.from_pylist(rows, schema)
 
 
 def _sample(sample: Sample) -> dict[str, Any]:
     return {
-        "response": _clean(sample.text),
         "response_tokens": len(sample.token_ids),
         "finish_reason": sample.finish_reason,
         "token_ids": sample.token_ids,

@@ -2,9 +2,10 @@
 
     score(group) -> gate (bounded in flight) -> queue of units -> one thread a worker -> worker process -> verdicts
 
-A unit is one call of the reward function: a sample, or a whole group where the function wants one. Several units travel in
-one message; the worker answers each as it is done, so when it hangs or dies the first unanswered unit is the guilty one:
-it gets a Verdict with `error`, the rest go back to the queue, and a spare worker, started beforehand, takes the lane.
+A unit is one call of the reward function: a sample, or a whole group where the function wants one. Its token ids become
+text in the worker. Several units travel in one message; the worker answers each as it is done, so when it hangs or dies the
+first unanswered unit is the guilty one: it gets a Verdict with `error`, the rest go back to the queue, and a spare worker,
+started beforehand, takes the lane.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import re
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from nemo_dapo.detokenizer import Ids
+from nemo_dapo.rewards import math_dapo
 from nemo_dapo.rewards.math.extract import MAX_TAIL
+from nemo_dapo.rewards.pool.decoding import Decoding
 from nemo_dapo.rewards.pool.process import ItemTimeoutError, WorkerLostError, WorkerProcess
 from nemo_dapo.telemetry.escape import printable
 from nemo_dapo.types import Prompt, Sample, Verdict
@@ -34,9 +38,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERIFIERS = {"math": "nemo_dapo.rewards.math:verify", "dapo": "nemo_dapo.rewards.math_dapo:verify"}  # by reward.style
+TAILS = {VERIFIERS["math"]: MAX_TAIL, VERIFIERS["dapo"]: math_dapo.MAX_TAIL}  # characters at the end that they read
 START_TIMEOUT = 180.0  # seconds until all workers must be ready: a user's function may import much
 _MAX_UNITS = 32  # in one message
-_MAX_CHARACTERS = 1 << 21  # in one message
+_MAX_BYTES = 1 << 21  # in one message
 _PENDING_PER_WORKER = 128  # units in flight: enough to keep every worker busy, bounded in memory
 _AFTER_KILL = 5.0  # seconds until a lane whose worker was killed has noticed
 _MAX_LOSSES = 2  # workers that may die on one unit
@@ -57,27 +62,44 @@ class _Job:
 
 @dataclass
 class _Unit:
-    """One call of the reward function: `size` samples of `job` from `first` on, as JSON."""
+    """One call of the reward function: the samples of `job` from `first` on, as texts or token ids; `prompt` is JSON."""
 
     job: _Job
     first: int
-    size: int
-    payload: str
+    prompt: str
+    responses: Sequence[str | Ids]
     losses: int = 0  # workers that were lost while this was their first unanswered unit
+
+    @property
+    def size(self) -> int:
+        return len(self.responses)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.prompt) + sum(len(r) if isinstance(r, str) else r.nbytes for r in self.responses)
+
+
+def _message(units: Collection[_Unit]) -> bytes:
+    """A line of JSON, then the token ids that it counts; made on a lane's thread, where copying holds nobody up."""
+    calls = [[r if isinstance(r, str) else len(r) for r in unit.responses] for unit in units]
+    line = ",".join(f"[{unit.prompt},{json.dumps(call)}]" for unit, call in zip(units, calls, strict=True))
+    ids = (r.data for unit in units for r in unit.responses if not isinstance(r, str))
+    return b"".join([f"[{line}]\n".encode(), *ids])
 
 
 class RewardPool:
     """Scores groups in `workers` child processes; usable from any thread and any asyncio loop, also one after another.
 
-    `timeout` is in seconds for one call, `memory_mb` the address space of one worker (0 = unlimited). `extra` holds
-    (name, function, weight). What functions print goes to the file `printed`, or to standard error, escaped. The first
-    verifier error of each kind is logged as a warning. Raises ValueError for a function that cannot be used, RuntimeError
-    when no worker starts.
+    `tokenizer` is the trainer's, for `score`; `score_texts` needs none. `timeout` is in seconds for one call, `memory_mb`
+    the address space of one worker (0 = unlimited). `extra` holds (name, function, weight). What functions print goes to
+    the file `printed`, or to standard error, escaped. The first verifier error of each kind is logged as a warning.
+    Raises ValueError for a function that cannot be used, RuntimeError when no worker starts.
     """
 
     def __init__(
         self,
         function: str,
+        tokenizer: Any = None,
         *,
         workers: int = 8,
         timeout: float = 10.0,
@@ -97,12 +119,13 @@ class RewardPool:
         if printed is not None:
             printed.parent.mkdir(parents=True, exist_ok=True)
         self._printed = "" if printed is None else str(printed.resolve())
-        self._setup = {
+        self._tail = None if extra else TAILS.get(function)
+        self._decoding = Decoding(tokenizer)
+        self._setup = self._decoding.setup | {
             "function": function, "answer_patterns": list(answer_patterns), "timeout": timeout, "memory_mb": memory_mb,
             "extra": [list(term) for term in extra], "correct": correct, "incorrect": incorrect,
-            "correct_above": correct_above, "warm": function == VERIFIERS["math"],
+            "correct_above": correct_above, "warm": function == VERIFIERS["math"], "tail": self._tail,
         }  # fmt: skip
-        self._tail = MAX_TAIL if function in VERIFIERS.values() and not extra else None
         self._gate = _Gate(workers * _PENDING_PER_WORKER)
         self._queue = _Queue(workers)
         self._lock = threading.Lock()
@@ -113,10 +136,11 @@ class RewardPool:
         self._groups = self._start()
 
     @classmethod
-    def from_config(cls, config: RewardConfig, *, printed: Path | None = None) -> RewardPool:
+    def from_config(cls, config: RewardConfig, tokenizer: Any = None, *, printed: Path | None = None) -> RewardPool:
         """The pool that `config` asks for."""
         return cls(
             config.function or VERIFIERS[config.style.value],
+            tokenizer,
             workers=config.workers,
             timeout=config.timeout,
             memory_mb=config.memory_mb,
@@ -136,13 +160,21 @@ class RewardPool:
 
     async def score(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
         """One verdict a sample, in order; waits while too much is in flight."""
-        return await self.score_texts(prompt, [sample.text for sample in samples])
+        ids = [sample.token_ids for sample in samples]
+        if self._decoding.decode:
+            return await self.score_texts(prompt, await asyncio.to_thread(self._decoding.decode, ids))
+        if self._decoding.file is None:
+            raise ValueError("a RewardPool without a tokenizer scores texts alone; give it the tokenizer of the model")
+        return await self._score(prompt, ids)
 
     async def score_texts(self, prompt: Prompt, texts: Sequence[str]) -> list[Verdict]:
         """As `score`, on response texts."""
-        if not texts:
+        return await self._score(prompt, [text[-self._tail :] for text in texts] if self._tail else texts)
+
+    async def _score(self, prompt: Prompt, responses: Sequence[str | Ids]) -> list[Verdict]:
+        if not responses:
             return []
-        units = 1 if self._groups else len(texts)
+        units = 1 if self._groups else len(responses)
         admission = self._gate.enter(units)
         try:
             await asyncio.wrap_future(admission)
@@ -150,7 +182,7 @@ class RewardPool:
             if admission.done() and not admission.cancelled():
                 self._gate.leave(units)
             raise
-        return await asyncio.wrap_future(self._submit(prompt, texts, units).future)
+        return await asyncio.wrap_future(self._submit(prompt, responses, units).future)
 
     def score_all(self, groups: Sequence[tuple[Prompt, Sequence[str]]]) -> list[list[Verdict]]:
         """Score many groups at once and wait: for scripts and evaluation."""
@@ -176,17 +208,15 @@ class RewardPool:
                 thread.join(_AFTER_KILL)
         if self._spare:
             self._spare.kill()
+        self._decoding.close()
         for unit in self._queue.drain():
             self._finish(unit, "closed: the reward pool was closed")
 
-    def _submit(self, prompt: Prompt, texts: Sequence[str], units: int) -> _Job:
-        job = _Job(prompt.uid, [None] * len(texts), units, units)
+    def _submit(self, prompt: Prompt, responses: Sequence[str | Ids], units: int) -> _Job:
+        job = _Job(prompt.uid, [None] * len(responses), units, units)
         head = self._prompt_json(prompt)
-        cut = [text[-self._tail :] for text in texts] if self._tail else list(texts)
-        if self._groups:
-            self._queue.put([_Unit(job, 0, len(cut), f"[{head},{json.dumps(cut)}]")])
-        else:
-            self._queue.put([_Unit(job, i, 1, f"[{head},[{json.dumps(text)}]]") for i, text in enumerate(cut)])
+        calls = [responses] if self._groups else [[response] for response in responses]
+        self._queue.put([_Unit(job, first, head, call) for first, call in enumerate(calls)])
         return job
 
     def _prompt_json(self, prompt: Prompt) -> str:
@@ -231,7 +261,7 @@ class RewardPool:
             worker = self._discard(worker)
         try:
             worker = worker or self._replacement()
-            worker.send(f"[{','.join(unit.payload for unit in pending)}]\n".encode(), self.timeout)
+            worker.send(_message(pending), self.timeout)
             while pending:
                 self._finish(pending[0], worker.receive(self.timeout))
                 pending.popleft()
@@ -288,7 +318,7 @@ class RewardPool:
             self._live.discard(worker)
 
     def _launch(self) -> WorkerProcess:
-        worker = WorkerProcess(self._setup, self._printed)
+        worker = WorkerProcess(self._setup, self._printed, self._decoding.file)
         with self._lock:
             self._live.add(worker)
         return worker
@@ -352,8 +382,8 @@ class _Queue:
                 return None
             count = min(_MAX_UNITS, math.ceil(len(self._units) / self.workers))
             share = [self._units.popleft()]
-            size = len(share[0].payload)
-            while len(share) < count and (size := size + len(self._units[0].payload)) < _MAX_CHARACTERS:
+            size = share[0].nbytes
+            while len(share) < count and (size := size + self._units[0].nbytes) < _MAX_BYTES:
                 share.append(self._units.popleft())
             return share
 

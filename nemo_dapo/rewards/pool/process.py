@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import IO, Any
 
 from nemo_dapo.types import Verdict
 
@@ -29,9 +29,12 @@ class ItemTimeoutError(WorkerLostError):
 
 
 class WorkerProcess:
-    """A `nemo_dapo.rewards.pool.worker`, ready once `wait_ready` has returned; what it prints goes to the file `log`."""
+    """A `nemo_dapo.rewards.pool.worker`, ready once `wait_ready` has returned; what it prints goes to the file `log`.
 
-    def __init__(self, setup: dict[str, Any], log: str = "") -> None:
+    It inherits the open file `inherited`, which `setup` names by its number.
+    """
+
+    def __init__(self, setup: dict[str, Any], log: str = "", inherited: IO[str] | None = None) -> None:
         # The same import path as here: the user's function may lie beside the script that was started.
         path = os.pathsep.join([os.getcwd() if entry == "" else entry for entry in sys.path])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -40,6 +43,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
+            pass_fds=() if inherited is None else (inherited.fileno(),),
             start_new_session=True,
         )
         assert self.process.stdin
