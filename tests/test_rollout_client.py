@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import itertools
 import json
 import socket
 import struct
@@ -23,7 +24,8 @@ from nemo_dapo.rollout import engine as engine_module
 from nemo_dapo.rollout.engine import MAX_LATE, MAX_LOST, MAX_TRIES, VLLMEngine
 from nemo_dapo.rollout.fleet import MAX_RESTARTS, Fleet
 from nemo_dapo.rollout.weight_sync import WeightStore
-from nemo_dapo.types import Prompt, Sample, SamplingParams
+from nemo_dapo.sampling import GroupSampler
+from nemo_dapo.types import Prompt, Sample, SamplingParams, Verdict
 from tests import stand_in_server as stand
 from tests.stand_in_server import StandIn, StandInServers, wait_for
 
@@ -236,6 +238,51 @@ def test_a_sick_server_beside_a_healthy_one_costs_no_sample(kind, start, engine_
     assert sick.requests
     assert "vLLM server 0 (pid 0, server_0.log)" in caplog.text
     assert "vLLM server 1" not in caplog.text
+
+
+class Alternating:
+    """Judges every other sample right: every group is informative."""
+
+    async def score(self, prompt, samples):
+        return [Verdict(correct=bool(i % 2)) for i in range(len(samples))]
+
+
+class Numbers:
+    """An endless loader."""
+
+    def __init__(self) -> None:
+        self.numbers = itertools.count()
+
+    def next(self) -> Prompt:
+        return Prompt(uid=f"p-{next(self.numbers)}", token_ids=(5, 6), problem="", ground_truth="")
+
+
+# Eight ways to be sick; those in JSON are of servers without our route.
+STEP: dict[str, stand.Act] = {
+    "hangs": stand.hang,
+    "hangs in the middle": stand.hang_in_the_middle,
+    "always 503": stand.answer(b"busy", 503),
+    "closes in the middle": stand.close_in_the_middle,
+    "truncated JSON": stand.answer(BAD_JSON["cut"]),
+    "log-probability -9999": stand.answer(BAD_JSON["-9999"]),
+    "no choices": stand.answer(BAD_JSON["no choices"]),
+    "one 500": stand.answer(b"Internal Server Error", 500),
+}
+
+
+@pytest.mark.parametrize("kind", STEP)
+def test_a_step_collects_its_groups_beside_a_sick_server(kind, start, engine_over):
+    once = kind == "one 500"
+    sick = start(stand.good if once else STEP[kind], [STEP[kind]] if once else None)
+    healthy = start()
+    sick.has_frames = healthy.has_frames = kind not in ("truncated JSON", "log-probability -9999", "no choices")
+    engine = engine_over(StandInServers(sick.url, healthy.url), progress_timeout=0.4)
+    for index in range(2):
+        engine._prepare(index)
+    sampler = GroupSampler(engine, Alternating(), Numbers(), group_size=2, params=PARAMS, timeout=60.0)
+    collected = asyncio.run(sampler.collect(20))
+    assert len({group.prompt.uid for group in collected.groups}) == 20
+    assert sick.requests
 
 
 @pytest.mark.parametrize("kind", BAD_JSON)

@@ -22,15 +22,14 @@ from nemo_dapo.config import Precision, RolloutConfig
 from nemo_dapo.processes import kill_session, record_session
 from nemo_dapo.rollout import guardian
 from nemo_dapo.rollout.challenge import proof
-from nemo_dapo.rollout.servers import (
-    ServersClosedError,
-    VLLMServers,
+from nemo_dapo.rollout.command import (
     choose_ports,
     connect_host,
     engine_arguments,
     server_command,
     server_environment,
 )
+from nemo_dapo.rollout.servers import ServersClosedError, VLLMServers
 
 END_SECONDS = 20.0  # generous: this machine may be busy
 

@@ -29,7 +29,7 @@ from vllm.platforms import current_platform
 from nemo_dapo.rollout import vllm_route, wire
 from nemo_dapo.rollout.challenge import NONCE_PARAMETER, proof
 
-BACKEND = "nemo_dapo_host_memory"  # as in servers.py, which must not be imported here: it needs the trainer's packages
+BACKEND = "nemo_dapo_host_memory"  # as in command.py, which must not be imported here: it needs the trainer's packages
 OPEN_PATHS = ("/health", "/ping", "/metrics")
 
 LoadWeights = Callable[[Iterable[tuple[str, Tensor]]], Any]

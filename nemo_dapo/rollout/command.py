@@ -1,0 +1,172 @@
+"""What one vLLM server is started with: command line, environment, port and key.
+
+A server is `python -m vllm.entrypoints.openai.api_server`. (`vllm serve`, the console script, fails with the CPU wheel,
+which is a distribution of another name.)
+"""
+
+from __future__ import annotations
+
+import getpass
+import ipaddress
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_dapo.config import Precision, RolloutConfig
+
+BACKEND = "nemo_dapo_host_memory"  # the name under which vllm_plugin registers our weight transfer
+
+# What we set ourselves, and where the user says it instead.
+RESERVED = {
+    "model": "model.path",
+    "dtype": "model.precision",
+    "seed": "seed",
+    "host": "rollout.host",
+    "port": "rollout.port",
+    "api_key": "rollout.api_key_file",
+    "logprobs_mode": "nothing: the trainer needs processed_logprobs",
+    "tokens_only": "nothing: the trainer sends token ids",
+    "weight_transfer_config": "nothing: the trainer sends the weights",
+    "disable_log_stats": "nothing: a server that hangs is known by its counts of tokens",
+}
+# torchrun's variables describe the trainer's process group; a server that reads them would try to join it.
+LAUNCHER_VARIABLES = re.compile(
+    r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_.*|MASTER_ADDR|MASTER_PORT"
+    r"|TORCHELASTIC_.*|TORCH_NCCL_.*|PMI_.*|PMIX_.*|OMPI_.*)"
+)
+# No warm-up; the model runs in the engine's process, not in a worker below it (vllm.platforms.cpu reads this variable):
+# one process less to start, no hop through shared memory.
+CPU_VARIABLES = {"VLLM_CPU_CI_ENV": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# vLLM on a CPU takes 92 % of the machine's memory for its cache by default, and compiles for minutes.
+CPU_ENGINE_OPTIONS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+# A Unix socket's path holds 107 bytes, and vLLM names its sockets by a UUID.
+MAX_SOCKET_FOLDER = 107 - 37
+DTYPES = {Precision.bf16: "bfloat16", Precision.fp32: "float32"}
+
+
+def engine_arguments(options: Mapping[str, Any]) -> list[str]:
+    """`rollout.vllm` as command-line arguments: `max_num_seqs: 64` -> `--max-num-seqs 64`, `enforce_eager: true` ->
+    `--enforce-eager`, `false` -> `--no-…`, a mapping -> JSON, a list -> several values; None leaves vLLM's default."""
+    arguments: list[str] = []
+    for key, value in options.items():
+        if key.replace("-", "_") in RESERVED:
+            raise ValueError(f"rollout.vllm.{key} is set by the trainer; change {RESERVED[key.replace('-', '_')]}")
+        flag = "--" + key.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            arguments.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, Mapping):
+            arguments += [flag, json.dumps(dict(value))]
+        elif isinstance(value, (list, tuple)):
+            arguments += [flag, *(str(each) for each in value)]
+        else:
+            arguments += [flag, str(value)]
+    return arguments
+
+
+def server_command(config: RolloutConfig, model_path: Path, precision: Precision, port: int, seed: int) -> list[str]:
+    """The command line of one server. The API key is not in it: command lines are public on a machine."""
+    defaults: dict[str, Any] = {
+        "max_model_len": config.max_prompt_length + config.max_response_length,
+        "scheduling_policy": "priority",  # the engine numbers its requests: earlier groups go first
+    }
+    if not torch.cuda.is_available():
+        defaults |= CPU_ENGINE_OPTIONS
+    fixed = ["--model", str(model_path), "--host", config.host, "--port", str(port), "--seed", str(seed)]
+    fixed += ["--dtype", DTYPES[precision], "--tokens-only", "--logprobs-mode", "processed_logprobs"]
+    fixed += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
+    # vLLM guards only its public routes with the key; the middleware guards those that change weights as well.
+    fixed += ["--middleware", "nemo_dapo.rollout.vllm_plugin.RequireKey", "--disable-uvicorn-access-log"]
+    module = [config.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    return module + fixed + engine_arguments({**defaults, **config.vllm})
+
+
+def server_environment(
+    config: RolloutConfig, index: int, api_key: str, inherited: Mapping[str, str], scratch: str = ""
+) -> dict[str, str]:
+    """Environment of server `index`: the trainer's without its launcher's variables, plus what vLLM reads.
+
+    Variables that the user has set win over our CPU defaults. Sockets and the like go to the folder `scratch`, which
+    disappears with the run however that ends.
+    """
+    kept = {key: value for key, value in inherited.items() if not LAUNCHER_VARIABLES.fullmatch(key)}
+    cpu_defaults = {} if torch.cuda.is_available() else CPU_VARIABLES
+    if cpu_defaults and config.vllm.get("enforce_eager", CPU_ENGINE_OPTIONS["enforce_eager"]):
+        # Else one sampler function is still compiled by a C++ compiler, during the first request.
+        cpu_defaults = {**cpu_defaults, "TORCH_COMPILE_DISABLE": "1"}
+    devices = {"CUDA_VISIBLE_DEVICES": config.visible_devices[index]} if config.visible_devices else {}
+    ours = {
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes of weight transfer, pause and abort
+        "VLLM_PLUGINS": "nemo_dapo",  # other packages' plugins import what a server does not need
+        "VLLM_API_KEY": api_key,
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "JOBLIB_MULTIPROCESSING": "0",  # else an import leaves a semaphore in /dev/shm when the process is killed
+    }
+    return {**cpu_defaults, **kept, **devices, **places(scratch, inherited), **ours}
+
+
+def places(scratch: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Variables that put sockets and rendezvous files into `scratch`, while compiled kernels stay where runs share them."""
+    if not scratch or len(os.fsencode(scratch)) > MAX_SOCKET_FOLDER:
+        return {}
+    kernels = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    return {
+        "TMPDIR": scratch,
+        "VLLM_RPC_BASE_PATH": scratch,
+        "TORCHINDUCTOR_CACHE_DIR": inherited.get("TORCHINDUCTOR_CACHE_DIR", kernels),
+    }
+
+
+def choose_key(config: RolloutConfig) -> str:
+    """The servers' key: as configured, from the file, from the environment, or a random one."""
+    if config.api_key:
+        return config.api_key
+    if config.api_key_file:
+        return Path(config.api_key_file).read_text().strip()
+    return os.environ.get("NEMO_DAPO_API_KEY") or secrets.token_urlsafe(32)
+
+
+def choose_ports(host: str, first: int, count: int) -> list[int]:
+    """`first`, `first + 1`, …, or free ports where `first` is 0; raises ValueError where one is in use."""
+    sockets: list[socket.socket] = []
+    try:
+        for index in range(count):
+            listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            sockets.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            port = first + index if first else 0
+            try:
+                listener.bind((host, port))
+                listener.listen(1)  # with SO_REUSEADDR only listening shows that another one listens
+            except OSError as problem:
+                raise ValueError(
+                    f"port {port} on {host} cannot be used for vLLM server {index} ({problem.strerror}); free it, or "
+                    f"set rollout.port to {count} free ports in a row, or to 0 for any free ones"
+                ) from problem
+        return [listener.getsockname()[1] for listener in sockets]
+    finally:
+        for listener in sockets:
+            listener.close()
+
+
+def connect_host(host: str) -> str:
+    """The address under which a server that listens on `host` is reached from this machine, ready for a URL."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a name
+        return host
+    if address.is_unspecified:
+        return "127.0.0.1" if address.version == 4 else "[::1]"
+    return host if address.version == 4 else f"[{host}]"
