@@ -1,6 +1,7 @@
 """Groups -> one batch -> packed micro-batches, balanced over the data-parallel ranks.
 
-Every rank holds the same `TrainBatch` and computes the same plan, so no rank can come to another number of micro-batches.
+Every rank knows the lengths of all sequences and computes the same plan from them, so no rank can come to another number of
+micro-batches; the tokens go to the ranks that train on them alone.
 Targets are shifted here, once: every per-token tensor of a micro-batch scores `targets[t]`.
 
 Shapes: B sequences, T packed tokens, S sequences in a micro-batch.
@@ -98,6 +99,21 @@ def plan_microbatches(lengths: Sequence[int], *, max_tokens: int, data_parallel_
     return plan
 
 
+def plan_minibatches(
+    lengths: Tensor, minibatches: Sequence[Tensor], *, max_tokens: int, data_parallel_size: int
+) -> list[list[list[int]]]:
+    """The plans of several mini-batches one after another: what a rank scores before them is what it will train on."""
+    plan: list[list[list[int]]] = [[] for _ in range(data_parallel_size)]
+    for chosen in minibatches:
+        parts = plan_microbatches(
+            lengths[chosen].tolist(), max_tokens=max_tokens, data_parallel_size=data_parallel_size
+        )
+        positions = chosen.tolist()
+        for mine, part in zip(plan, parts, strict=True):
+            mine += [[positions[i] for i in sequences] for sequences in part]
+    return plan
+
+
 def _longest_first(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     heap = [(0, i) for i in range(num_bins)]
@@ -116,13 +132,14 @@ def pack(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
 ) -> MicroBatch:
-    """Pack `sequences` of `batch` back to back; old_logprobs and ref_logprobs [T_batch] are aligned with `batch.tokens`.
+    """Pack held `sequences` of `batch` back to back; old_logprobs and ref_logprobs [T_batch] are aligned with its tokens.
 
     The tail is filled to a multiple of `multiple_of` tokens (sequence parallelism splits the pack evenly over the tensor-
     parallel ranks) by a sequence of its own, which no real token attends to. A micro-batch without sequences is all tail:
     ranks must run the same number of micro-batches, and this one adds nothing to the loss.
     """
-    ends = torch.cumsum(batch.lengths, 0)
+    assert batch.held is None or bool(batch.held[list(sequences)].all()), "the tokens are on another rank"
+    ends = torch.cumsum(batch.held_lengths, 0)
     spans = [torch.arange(int(ends[i] - batch.lengths[i]), int(ends[i])) for i in sequences]
     lengths = [len(span) for span in spans]
     used = sum(lengths)
@@ -140,15 +157,19 @@ def pack(
     mask[last] = False
     where = torch.where(mask, torch.cat([rows[1:], rows[:1]]), -1)
 
+    def gathered(values: Tensor, rows: Tensor) -> Tensor:
+        # Without sequences nothing is read: this rank may hold no token at all.
+        return values[rows] if used else torch.zeros(tail, dtype=values.dtype)
+
     def of_targets(values: Tensor) -> Tensor:
-        return torch.where(mask, values[where.clamp(min=0)], torch.zeros((), dtype=values.dtype))
+        return torch.where(mask, gathered(values, where.clamp(min=0)), torch.zeros((), dtype=values.dtype))
 
     sequence = torch.repeat_interleave(
         torch.tensor([*sequences, -1], dtype=torch.int64), torch.tensor([*lengths, tail], dtype=torch.int64)
     )
     boundaries = [*lengths, tail] if tail else lengths
     return MicroBatch(
-        tokens=torch.where(is_tail, 0, batch.tokens[rows]).long(),
+        tokens=torch.where(is_tail, 0, gathered(batch.tokens, rows)).long(),
         positions=torch.cat([torch.arange(n) for n in boundaries]),
         targets=of_targets(batch.tokens).long(),
         mask=mask,
@@ -172,16 +193,16 @@ def scatter_logprobs(microbatches: Sequence[MicroBatch], logprobs: Sequence[Tens
     return out
 
 
-def minibatches(batch: TrainBatch, size: int, group_size: int) -> list[Tensor]:
+def minibatches(num_sequences: int, size: int, group_size: int) -> list[Tensor]:
     """Sequence indices of each optimizer step: as few runs as hold at most `size` sequences each, and equally long.
 
     When dynamic sampling found a little more than a multiple of `size`, runs of `size` would leave a last one of a group or
     two: an update on a noisy gradient with the full learning rate, because each divides by its own tokens. Runs are of
     whole groups, and then differ by one group at most; a `size` that cuts through groups anyway counts in sequences.
     """
-    if not batch.num_sequences:
+    if not num_sequences:
         return []
     unit = 1 if size % group_size else group_size
-    indices = torch.arange(batch.num_sequences).view(-1, unit)
-    runs = torch.tensor_split(indices, -(-batch.num_sequences // size))
+    indices = torch.arange(num_sequences).view(-1, unit)
+    runs = torch.tensor_split(indices, -(-num_sequences // size))
     return [run.flatten() for run in runs]

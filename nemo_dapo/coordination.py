@@ -12,7 +12,7 @@ import datetime
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -118,27 +118,60 @@ def _say_failed(group: dist.ProcessGroup | None) -> None:
         log.warning("rank 0 failed and could not tell every other rank: %s", problem)
 
 
-def share_batch(batch: TrainBatch | None, group: dist.ProcessGroup | None) -> TrainBatch:
-    """Rank 0's batch on every rank; the others pass None. Tensors travel as they are, nothing is pickled."""
-    sizes = torch.zeros(2, dtype=torch.int64)
-    if batch is not None:
-        sizes = torch.tensor([batch.num_sequences, batch.tokens.numel()])
-    dist.broadcast(sizes, src=0, group=group)
-    sequences, tokens = sizes.tolist()
+def share_batch(
+    batch: TrainBatch | None,
+    group: dist.ProcessGroup | None,
+    replicas: Sequence[int],
+    owners: Callable[[Tensor], Tensor],
+) -> TrainBatch:
+    """Rank 0's batch, to each rank its part of it; the others pass None. Tensors travel as they are, nothing is pickled.
 
-    def share(name: str, size: int, dtype: torch.dtype) -> Tensor:
-        values = torch.empty(size, dtype=dtype) if batch is None else getattr(batch, name).contiguous()
-        if size:
+    All ranks receive what is one number a sequence; tokens go from rank 0 to the first rank of the replica that trains on
+    them, and from there to its others, so that rank 0 sends each token once, however many ranks there are. `replicas`
+    holds each rank's replica; `owners(lengths)` [B] int64, the same on every rank, names each sequence's.
+    """
+    sequences = share_number(0 if batch is None else batch.num_sequences, group)
+
+    def share(name: str, dtype: torch.dtype) -> Tensor:
+        values = torch.empty(sequences, dtype=dtype) if batch is None else getattr(batch, name).contiguous()
+        if sequences:
             dist.broadcast(values, src=0, group=group)
         return values
 
-    return TrainBatch(
-        tokens=share("tokens", tokens, torch.int32),
-        lengths=share("lengths", sequences, torch.int64),
-        prompt_lengths=share("prompt_lengths", sequences, torch.int64),
-        rollout_logprobs=share("rollout_logprobs", tokens, torch.float32),
-        advantages=share("advantages", sequences, torch.float32),
-    )
+    lengths, prompt_lengths = share("lengths", torch.int64), share("prompt_lengths", torch.int64)
+    advantages = share("advantages", torch.float32)
+    owner = owners(lengths)
+    rank = dist.get_rank()
+    # The others' parts first: rank 0's own replica waits for nobody else.
+    for replica in sorted(set(replicas), key=lambda one: (one == replicas[0], one)):
+        ranks = [r for r, its in enumerate(replicas) if its == replica]
+        if rank != 0 and rank not in ranks:
+            continue
+        held = owner == replica
+        size = int((lengths * held).sum())
+        if batch is None:
+            tokens, logprobs = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.float32)
+        else:
+            part = batch.select(held.nonzero().flatten())
+            tokens, logprobs = part.tokens, part.rollout_logprobs
+        if size:
+            _pass_on(tokens, ranks, group)
+            _pass_on(logprobs, ranks, group)
+    return TrainBatch(tokens, lengths, prompt_lengths, logprobs, advantages, held)
+
+
+def _pass_on(values: Tensor, ranks: Sequence[int], group: dist.ProcessGroup | None) -> None:
+    """From rank 0 to the first of `ranks`, and from that one to the others."""
+    rank, first = dist.get_rank(), ranks[0]
+    if rank == 0 and first != 0:
+        dist.send(values, first, group=group)
+    elif rank != first:
+        dist.recv(values, first, group=group)
+    else:
+        if first != 0:
+            dist.recv(values, 0, group=group)
+        for other in ranks[1:]:
+            dist.send(values, other, group=group)
 
 
 def share_number(value: int, group: dist.ProcessGroup | None) -> int:

@@ -35,12 +35,22 @@ class NonFiniteGradientError(RuntimeError):
 class Policy(Protocol):
     """The model that is trained. Every method is collective: all ranks call it, in the same order."""
 
-    def logprobs(self, batch: TrainBatch) -> Tensor:
-        """Log-probability of every token of `batch` given the ones before it: [T] float32 on the host, the same on every
-        rank, aligned with `batch.tokens`; 0 on prompt tokens."""
+    @property
+    def replica(self) -> int:
+        """The data-parallel replica that this rank belongs to; all its ranks work on the same sequences."""
         ...
 
-    def reference_logprobs(self, batch: TrainBatch) -> Tensor:
+    def owners(self, lengths: Tensor, minibatches: Sequence[Tensor]) -> Tensor:
+        """[B] int64: the replica that trains on each sequence of `lengths` [B] when `minibatches` (indices) are its
+        optimizer steps; the same on every rank."""
+        ...
+
+    def logprobs(self, batch: TrainBatch, minibatches: Sequence[Tensor] | None = None) -> Tensor:
+        """Log-probability of every token of `batch` given the ones before it: [T] float32 on the host, the same on every
+        rank of the replica, aligned with `batch.tokens`; 0 on prompt tokens and on what other replicas train on."""
+        ...
+
+    def reference_logprobs(self, batch: TrainBatch, minibatches: Sequence[Tensor] | None = None) -> Tensor:
         """The same under the frozen reference model, which exists only with a KL term."""
         ...
 

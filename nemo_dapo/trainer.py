@@ -1,6 +1,6 @@
 """The training loop: Algorithm 1 of the DAPO paper (arXiv 2503.14476), line by line.
 
-Every rank runs `fit`; rank 0 also holds the controller, which samples, and broadcasts each step's batch. Departures from
+Every rank runs `fit`; rank 0 also holds the controller, which samples, and shares each step's batch out. Departures from
 the paper's text: prompts are sampled one group at a time instead of in batches (the servers stay full), and the importance
 ratio's denominator is recomputed by the trainer, because vLLM's own log-probabilities differ by its kernels' rounding.
 """
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from nemo_dapo import checkpoint, hf_folder
 from nemo_dapo.batching import minibatches
+from nemo_dapo.collectives import gather_json
 from nemo_dapo.config import OnFailedSave, Resume, RunConfig
-from nemo_dapo.controller import Controller, Rollout
+from nemo_dapo.controller import Controller
 from nemo_dapo.coordination import (
     StoppedError,
     found_alike,
@@ -88,6 +89,7 @@ class DAPOTrainer:
         self.resumed = resumed
         self.saved = resumed or 0  # rollout steps of the newest checkpoint
         self.config, self.policy, self.controller, self.group = config, policy, controller, group
+        self.replicas: list[int] = gather_json(policy.replica, group)  # each rank's
         self.checkpoints = run_dir / "checkpoints"
         self.loss_fn = load_loss_fn(config.algorithm)
         self.progress = Progress()
@@ -122,38 +124,44 @@ class DAPOTrainer:
         if is_true_anywhere(self.stop.is_set(), self.group):
             raise StoppedError
         with self.timed("step"):
-            batch, rollout = self.collect()  # lines 2 and 4 to 9
+            batch, uids = self.collect()  # lines 2 and 4 to 9
             old_logprobs = self.old_logprobs(batch)  # line 3
-            for chosen in self.minibatches(batch):  # line 10
-                self.update(batch, chosen, old_logprobs, rollout)  # line 11
+            for chosen in self.minibatches(batch.num_sequences):  # line 10
+                self.update(batch, chosen, old_logprobs, uids)  # line 11
             self.progress.rollout_steps += 1
             self.sync_weights()
 
-    def minibatches(self, batch: TrainBatch) -> list[Tensor]:
+    def minibatches(self, num_sequences: int) -> list[Tensor]:
         """The sequences of each optimizer step."""
-        return minibatches(batch, self.config.algorithm.minibatch_size, self.config.algorithm.group_size)
+        return minibatches(num_sequences, self.config.algorithm.minibatch_size, self.config.algorithm.group_size)
 
-    def collect(self) -> tuple[TrainBatch, Rollout | None]:
-        """The same batch on every rank; the groups behind it on rank 0 only."""
+    def collect(self) -> tuple[TrainBatch, list[str]]:
+        """This rank's part of the batch; on rank 0 also the uids of its prompts, which is all that the step still needs."""
         controller, step = self.controller, self.progress.rollout_steps + 1
         with self.phase.enter("rollout"):
             rollout = lead(lambda: controller.collect(step) if controller else never(), self.group, self.stop)
             if rollout is not None and controller is not None:
                 controller.engine.sleep()
                 self.record |= {name: Last(value) for name, value in rollout.metrics.items()}
-            return share_batch(rollout.batch if rollout else None, self.group), rollout
+            batch = share_batch(rollout.batch if rollout else None, self.group, self.replicas, self.owners)
+            return batch, [group.prompt.uid for group in rollout.groups] if rollout else []
+
+    def owners(self, lengths: Tensor) -> Tensor:
+        """[B] int64: the replica that trains on each sequence."""
+        return self.policy.owners(lengths, self.minibatches(lengths.numel()))
 
     def old_logprobs(self, batch: TrainBatch) -> tuple[Tensor | None, Tensor | None]:
         """[T] under theta_old, by the trainer, and under the reference model: each None where the loss needs none."""
         if not batch.num_sequences:
             return None, None
+        minibatches = self.minibatches(batch.num_sequences)
         with self.timed("logprobs"):
             old = reference = None
             if batch.num_sequences > self.config.algorithm.minibatch_size or not self.parity_checked:
-                old = self.policy.logprobs(batch)
+                old = self.policy.logprobs(batch, minibatches)
                 self.check_parity(batch, old)
             if self.config.algorithm.kl_coeff:
-                reference = self.policy.reference_logprobs(batch)
+                reference = self.policy.reference_logprobs(batch, minibatches)
         return old, reference
 
     def check_parity(self, batch: TrainBatch, old_logprobs: Tensor) -> None:
@@ -161,10 +169,7 @@ class DAPOTrainer:
 
         Raises RuntimeError when their mean absolute difference (nats) in the first step exceeds rollout.max_logprob_gap.
         """
-        mismatch = (old_logprobs - batch.rollout_logprobs).abs()
-        gap = float(mismatch.sum()) / max(batch.num_response_tokens, 1)
-        self.add("rollout/logprob_gap", Mean(float(mismatch.sum()), batch.num_response_tokens))
-        self.add("rollout/logprob_gap_max", Max(float(mismatch.max())))
+        gap = self.logprob_gap(batch, old_logprobs)
         limit = self.config.rollout.max_logprob_gap
         if not gap <= limit and not self.parity_checked:  # NaN too
             error = RuntimeError(
@@ -178,8 +183,21 @@ class DAPOTrainer:
             log.warning("trainer and vLLM differ by %.2g nats a token, above rollout.max_logprob_gap=%g", gap, limit)
         self.parity_checked = True
 
+    def logprob_gap(self, batch: TrainBatch, old_logprobs: Tensor) -> float:
+        """Their mean absolute difference over all ranks' tokens, which is recorded, and the largest one with it."""
+        mismatch = (old_logprobs - batch.rollout_logprobs).abs()
+        held = int((batch.held_lengths - batch.prompt_lengths).clamp(min=0).sum())
+        mine: dict[str, Metric] = {
+            "rollout/logprob_gap": Mean(float(mismatch.sum()), held),
+            "rollout/logprob_gap_max": Max(float(mismatch.max()) if held else 0.0),
+        }
+        # Each replica is counted as often as it has ranks, numerator and denominator alike.
+        everywhere = merge_across_ranks(mine, self.group)
+        self.record = merge([self.record, everywhere])
+        return everywhere["rollout/logprob_gap"].value
+
     def update(
-        self, batch: TrainBatch, chosen: Tensor, logprobs: tuple[Tensor | None, Tensor | None], rollout: Rollout | None
+        self, batch: TrainBatch, chosen: Tensor, logprobs: tuple[Tensor | None, Tensor | None], uids: list[str]
     ) -> None:
         """One optimizer step on the sequences `chosen`; a non-finite gradient is refused, reported and counted."""
         tokens = batch.token_indices(chosen)
@@ -190,21 +208,21 @@ class DAPOTrainer:
             with self.timed("update"):
                 metrics = self.policy.update(batch.select(chosen), self.loss_fn, old, reference)
         except NonFiniteGradientError as error:
-            self.refuse(error, chosen, rollout)
+            self.refuse(error, chosen, uids)
             return
         self.progress.optimizer_steps += 1
         self.progress.refused_in_a_row = 0
         for name, metric in metrics.items():
             self.add(f"train/{name}", metric)
 
-    def refuse(self, error: NonFiniteGradientError, chosen: Tensor, rollout: Rollout | None) -> None:
+    def refuse(self, error: NonFiniteGradientError, chosen: Tensor, uids: list[str]) -> None:
         """Count a refused update and name its prompts; re-raise after optimizer.max_refused_updates in a row."""
         self.progress.refused_updates += 1
         self.progress.refused_in_a_row += 1
-        if rollout is not None:
+        if self.controller is not None:
             group_size = self.config.algorithm.group_size
-            uids = {rollout.groups[int(chosen[i]) // group_size].prompt.uid for i in error.sequences}
-            log.error("update refused: %s; prompts %s", error, sorted(uids) or "unknown")
+            named = {uids[int(chosen[i]) // group_size] for i in error.sequences}
+            log.error("update refused: %s; prompts %s", error, sorted(named) or "unknown")
         if self.progress.refused_in_a_row >= self.config.optimizer.max_refused_updates:
             raise found_alike(error)
 

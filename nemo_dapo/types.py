@@ -131,15 +131,18 @@ class Group:
 
 @dataclass
 class TrainBatch:
-    """B = N * G sequences, flat on the host, the same on every rank; sequences of one group are adjacent.
+    """B = N * G sequences, flat on the host; sequences of one group are adjacent.
+
+    Every rank knows all sequences, and has the tokens of those that are `held`: the ones its replica trains on.
 
     Example with two sequences, `p` prompt and `r` response tokens:
 
-        tokens            p p p r r | p p r r r      [T]  int32, sequences back to back
+        tokens            p p p r r | p p r r r      [T]  int32, the held sequences back to back
         lengths           5, 5                       [B]  int64
         prompt_lengths    3, 2                       [B]  int64
         rollout_logprobs  0 0 0 a b | 0 0 c d e      [T]  float32, of tokens[t]; 0 on prompt tokens
         advantages        A_0, A_1                   [B]  float32, Eq. 9: one value a sequence
+        held              1, 1                       [B]  bool; None: all
     """
 
     tokens: Tensor
@@ -147,6 +150,7 @@ class TrainBatch:
     prompt_lengths: Tensor
     rollout_logprobs: Tensor
     advantages: Tensor
+    held: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -154,14 +158,20 @@ class TrainBatch:
 
     @property
     def num_response_tokens(self) -> int:
+        """Of all sequences, held or not."""
         return int((self.lengths - self.prompt_lengths).sum())
 
+    @property
+    def held_lengths(self) -> Tensor:
+        """[B] how many tokens of each sequence are here: all or none."""
+        return self.lengths if self.held is None else self.lengths * self.held
+
     def token_indices(self, indices: Tensor) -> Tensor:
-        """Positions in `tokens` of the sequences `indices` [b] int64, in that order."""
+        """Positions in `tokens` of the held ones of the sequences `indices` [b] int64, in that order."""
         import torch  # here: reward workers read Prompt and Verdict without torch's 3 s and 300 MB
 
-        ends = torch.cumsum(self.lengths, 0)
-        starts = ends - self.lengths
+        ends = torch.cumsum(self.held_lengths, 0)
+        starts = ends - self.held_lengths
         spans = [torch.arange(int(starts[i]), int(ends[i])) for i in indices.tolist()]
         return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
 
@@ -174,4 +184,5 @@ class TrainBatch:
             prompt_lengths=self.prompt_lengths[indices],
             rollout_logprobs=self.rollout_logprobs[where],
             advantages=self.advantages[indices],
+            held=None if self.held is None else self.held[indices],
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import errno
+import functools
 import math
 import multiprocessing
 import os
@@ -139,10 +140,19 @@ def weights_of(policy: Any) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in policy.export_weights()}
 
 
+def logprobs_of_all(policy: Any, batch: TrainBatch) -> Tensor:
+    """[T] those of all replicas: each scores what it trains on and leaves 0 elsewhere."""
+    from megatron.core import parallel_state
+
+    scored = policy.logprobs(batch)
+    dist.all_reduce(scored, group=parallel_state.get_data_parallel_group())
+    return scored
+
+
 def noisy_old_logprobs(policy: Any, batch: TrainBatch) -> Tensor:
     """Old log-probabilities near the policy's own: ratios around 1, some of them clipped, so the loss depends on them."""
     noise = torch.randn(batch.tokens.numel(), generator=torch.Generator().manual_seed(9))
-    return policy.logprobs(batch) + 0.2 * noise
+    return logprobs_of_all(policy, batch) + 0.2 * noise
 
 
 LOSS: LossFn = make_loss_fn(AlgorithmConfig(entropy_coeff=0.01))
@@ -240,7 +250,36 @@ def first_step(layout: Layout) -> Callable[[Job], dict[str, Any]]:
             old = noisy_old_logprobs(policy, batch)
             result = gradient_with(policy, batch, LOSS, old, 128)
             metrics = values(policy.update(batch, LOSS, old))
-            out[model] = result | {"metrics": metrics, "logprobs_after": policy.logprobs(batch)}
+            out[model] = result | {"metrics": metrics, "logprobs_after": logprobs_of_all(policy, batch)}
+        return out
+
+    return scenario
+
+
+def shared_batch(layout: Layout) -> Callable[[Job], dict[str, Any]]:
+    """Two optimizer steps from the whole batch, and from the share that `share_batch` leaves on each rank."""
+
+    def scenario(job: Job) -> dict[str, Any]:
+        from nemo_dapo.batching import minibatches
+        from nemo_dapo.collectives import gather_json
+        from nemo_dapo.coordination import share_batch
+
+        whole, out = make_train_batch(), {}
+        whole.tokens = whole.tokens.to(torch.int32)
+        steps = minibatches(whole.num_sequences, 8, 1)
+        for name in ("whole", "share"):
+            policy = job.policy(layout)
+            batch = whole
+            if name == "share":
+                owners = functools.partial(policy.owners, minibatches=steps)
+                batch = share_batch(whole if job.rank == 0 else None, None, gather_json(policy.replica), owners)
+            old = policy.logprobs(batch, steps)
+            metrics = []
+            for chosen in steps:
+                tokens = batch.token_indices(chosen)
+                metrics.append(values(policy.update(batch.select(chosen), LOSS, old[tokens] - 0.1)))
+            out[name] = {"metrics": metrics, "weights": weights_of(policy), "tokens": batch.tokens.numel()}
+            out[name]["old"] = float(old.double().sum())
         return out
 
     return scenario
@@ -669,6 +708,7 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
         "first_step dp2": first_step(Layout()),
         "gradients": gradients,
         "non_finite dp2": non_finite(Layout()),
+        "shared_batch dp2": shared_batch(Layout()),
         "non_finite pp2": non_finite(PP2),
         "parity": parity(TP2),
         "checkpoint pp2": checkpoint(PP2, "ck2"),
@@ -679,6 +719,7 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
         "checkpoint": checkpoint(TP2PP2, "ck4"),
         "checkpoint without padding": checkpoint_without_padding,
         "load from one rank": load_from(TP2PP2, "ck1"),
+        "shared_batch tp2": shared_batch(TP2),
         "load on one rank": shrink,
     },
 }

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from nemo_dapo.batching import make_batch, minibatches, pack, plan_microbatches, scatter_logprobs
+from nemo_dapo.batching import make_batch, minibatches, pack, plan_microbatches, plan_minibatches, scatter_logprobs
 from nemo_dapo.types import Group, Prompt, Sample, TrainBatch, Verdict
 
 
@@ -175,14 +176,13 @@ def test_scattering_undoes_packing(shapes: list[tuple[int, int]], ranks: int, mu
 
 
 def sizes_of(sequences: int, size: int, group_size: int) -> list[int]:
-    return [len(m) for m in minibatches(batch_of([2] * sequences, [1] * sequences), size, group_size)]
+    return [len(m) for m in minibatches(sequences, size, group_size)]
 
 
 def test_minibatches_are_consecutive_runs() -> None:
-    batch = batch_of([2] * 6, [1] * 6)
-    assert [m.tolist() for m in minibatches(batch, 2, 2)] == [[0, 1], [2, 3], [4, 5]]
-    assert [m.tolist() for m in minibatches(batch, 3, 2)] == [[0, 1, 2], [3, 4, 5]]  # the size cuts through groups
-    assert [m.tolist() for m in minibatches(batch, 64, 2)] == [list(range(6))]
+    assert [m.tolist() for m in minibatches(6, 2, 2)] == [[0, 1], [2, 3], [4, 5]]
+    assert [m.tolist() for m in minibatches(6, 3, 2)] == [[0, 1, 2], [3, 4, 5]]  # the size cuts through groups
+    assert [m.tolist() for m in minibatches(6, 64, 2)] == [list(range(6))]
 
 
 def test_a_group_too_many_is_spread_over_the_updates() -> None:
@@ -210,8 +210,68 @@ def test_minibatches_are_few_even_whole_and_within_the_size(groups: int, group_s
 
 def test_an_empty_batch_has_no_minibatches() -> None:
     empty = make_batch([], torch.zeros(0, 2))
-    assert minibatches(empty, 4, 2) == []
+    assert minibatches(empty.num_sequences, 4, 2) == []
     assert empty.tokens.dtype == torch.int32
+
+
+def shares(batch: TrainBatch, owner: Tensor, replicas: int) -> list[TrainBatch]:
+    """What each replica holds of a batch, as `coordination.share_batch` leaves it there."""
+    parts = []
+    for replica in range(replicas):
+        held = owner == replica
+        part = batch.select(held.nonzero().flatten())
+        parts.append(
+            TrainBatch(
+                part.tokens, batch.lengths, batch.prompt_lengths, part.rollout_logprobs, batch.advantages, held=held
+            )
+        )
+    return parts
+
+
+def test_replicas_pack_from_their_shares_what_they_would_from_the_whole() -> None:
+    torch.manual_seed(1)
+    lengths = torch.randint(3, 20, (24,))
+    batch = batch_of(lengths.tolist(), [2] * 24)
+    runs = minibatches(24, 8, 4)
+    plan = plan_minibatches(batch.lengths, runs, max_tokens=40, data_parallel_size=3)
+    owner = torch.empty(24, dtype=torch.int64)
+    for replica, microbatches in enumerate(plan):
+        owner[[i for sequences in microbatches for i in sequences]] = replica
+    for replica, share in enumerate(shares(batch, owner, 3)):
+        assert share.num_response_tokens == batch.num_response_tokens  # the loss's denominator
+        for chosen in runs:
+            for_all, for_share = batch.select(chosen), share.select(chosen)
+            part = plan_microbatches(for_share.lengths.tolist(), max_tokens=40, data_parallel_size=3)[replica]
+            for sequences in part:
+                old = share.rollout_logprobs[share.token_indices(chosen)]
+                ours = pack(for_share, sequences, old_logprobs=old)
+                whole = pack(for_all, sequences, old_logprobs=for_all.rollout_logprobs)
+                for name, value in vars(whole).items():
+                    if isinstance(value, Tensor) and name != "where":  # where = positions in the one batch or the other
+                        assert torch.equal(getattr(ours, name), value), name
+
+
+def test_the_plan_of_minibatches_is_their_own_plans_one_after_another() -> None:
+    lengths = torch.tensor([3, 6, 4, 5, 9, 2])
+    plan = plan_minibatches(
+        lengths, [torch.tensor([0, 1, 2, 3]), torch.tensor([5, 4])], max_tokens=9, data_parallel_size=2
+    )
+    assert plan == [[[0, 1], [4]], [[2, 3], [5]]]
+
+
+def test_a_sequence_that_lies_on_another_rank_is_not_packed() -> None:
+    batch = batch_of([3, 2], [1, 1])
+    share = shares(batch, torch.tensor([0, 1]), 2)[0]
+    with pytest.raises(AssertionError, match="another rank"):
+        pack(share, [1])
+
+
+def test_a_rank_without_a_sequence_packs_an_empty_microbatch() -> None:
+    batch = batch_of([3, 2], [1, 1])
+    nothing = shares(batch, torch.tensor([0, 0]), 2)[1]
+    micro = pack(nothing, [], multiple_of=2, old_logprobs=nothing.rollout_logprobs)
+    assert micro.tokens.tolist() == [0, 0]
+    assert not micro.mask.any()
 
 
 def test_a_selected_minibatch_packs_like_the_whole() -> None:

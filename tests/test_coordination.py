@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from nemo_dapo import coordination
 from nemo_dapo.coordination import LeaderFailedError, found_alike, lead, share_batch, share_number
@@ -53,8 +54,15 @@ async def _quick() -> str:
 
 
 def _shares_batches(rank: int, group: dist.ProcessGroup) -> object:
-    shared = [share_batch(batch_of(*sizes) if rank == 0 else None, group) for sizes in BATCHES]
-    return [{name: (value, str(value.dtype)) for name, value in vars(one).items()} for one in shared]
+    """As one replica, and as two."""
+    batches = [batch_of(*sizes) if rank == 0 else None for sizes in BATCHES]
+    return [share_batch(batch, group, [0, 0], torch.zeros_like) for batch in batches], [
+        share_batch(batch, group, [0, 1], _odd_ones_to_the_second) for batch in batches
+    ]
+
+
+def _odd_ones_to_the_second(lengths: Tensor) -> Tensor:
+    return torch.arange(lengths.numel()) % 2
 
 
 BATCHES: list[tuple[list[int], list[int]]] = [([5, 5, 3], [3, 2, 1]), ([2], [1]), ([], [])]
@@ -148,13 +156,28 @@ def test_the_others_wait_through_work_that_outlasts_the_timeout_of_their_group(t
     assert follower == [None, None, 7]
 
 
-def test_a_batch_arrives_as_it_was_sent(tmp_path: Path) -> None:
-    leader, follower = run(_shares_batches, tmp_path)
-    for sizes, sent, received in zip(BATCHES, leader, follower, strict=True):
-        for name, value in vars(batch_of(*sizes)).items():
-            for tensor, dtype in (sent[name], received[name]):
-                assert torch.equal(tensor, value)
-                assert dtype == str(value.dtype)
+def test_a_batch_arrives_as_it_was_sent_at_the_ranks_that_train_on_it(tmp_path: Path) -> None:
+    (of_one, share), (also_of_one, other_share) = run(_shares_batches, tmp_path)
+    for i, sizes in enumerate(BATCHES):
+        batch = batch_of(*sizes)
+        everything = torch.arange(batch.num_sequences)
+        for received, indices in (
+            (of_one[i], everything),
+            (also_of_one[i], everything),
+            (share[i], everything[::2]),
+            (other_share[i], everything[1::2]),
+        ):
+            part = batch.select(indices)
+            assert received.held.nonzero().flatten().tolist() == indices.tolist()
+            for name in ("tokens", "rollout_logprobs"):
+                assert_same(getattr(received, name), getattr(part, name))
+            for name in ("lengths", "prompt_lengths", "advantages"):
+                assert_same(getattr(received, name), getattr(batch, name))
+
+
+def assert_same(value: Tensor, expected: Tensor) -> None:
+    assert torch.equal(value, expected)
+    assert value.dtype == expected.dtype
 
 
 @pytest.mark.parametrize("scenario", [_rank_zero_dies, _rank_zero_hangs])

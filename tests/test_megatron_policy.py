@@ -104,6 +104,23 @@ def test_the_reported_norm_is_that_of_the_whole_gradient(policy_runs: PolicyRuns
     assert result["metrics"]["grad_norm"] == pytest.approx(float(norm), rel=1e-6)
 
 
+@pytest.mark.parametrize(("ranks", "scenario"), [(2, "shared_batch dp2"), (4, "shared_batch tp2")])
+def test_each_replica_trains_alike_on_its_share_of_the_batch(
+    policy_runs: PolicyRuns, ranks: int, scenario: str
+) -> None:
+    """Two replicas; with tp2 each has two ranks. The same numbers in the same order: nothing may differ by one bit."""
+    results = [policy_runs.get(ranks, scenario, rank) for rank in range(ranks)]
+    for result in results:
+        whole, share = result["whole"], result["share"]
+        assert share["metrics"] == whole["metrics"]
+        assert share["old"] == whole["old"]
+        assert share["old"] != 0
+        assert all(torch.equal(weight, share["weights"][name]) for name, weight in whole["weights"].items())
+    first, last = results[0]["share"]["tokens"], results[-1]["share"]["tokens"]
+    assert first + last == results[0]["whole"]["tokens"]
+    assert min(first, last) > 0
+
+
 # ------------------------------------------------------------------ checkpoints
 
 

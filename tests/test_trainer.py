@@ -86,7 +86,12 @@ class Stub:
         self.calls.append(f"collect {step}")
         return rollout_of(["first", "second"])
 
-    def logprobs(self, batch: Any) -> torch.Tensor:
+    replica = 0
+
+    def owners(self, lengths: torch.Tensor, minibatches: Any) -> torch.Tensor:
+        return torch.zeros_like(lengths)
+
+    def logprobs(self, batch: Any, minibatches: Any) -> torch.Tensor:
         self.calls.append("logprobs")
         return batch.rollout_logprobs + self.gap
 

@@ -13,7 +13,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from nemo_dapo.batching import MicroBatch, pack, plan_microbatches, scatter_logprobs
+from nemo_dapo.batching import MicroBatch, pack, plan_minibatches, scatter_logprobs
 from nemo_dapo.collectives import gather_json
 from nemo_dapo.config import DecayStyle, ModelConfig, OptimizerConfig, ParallelConfig
 from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
@@ -177,16 +177,33 @@ class MegatronPolicy:
         )
         return out, micro
 
-    def _microbatches(self, batch: TrainBatch, **logprobs: Tensor | None) -> list[MicroBatch]:
-        """This data-parallel rank's packed share of `batch`."""
-        plan = plan_microbatches(
-            batch.lengths.tolist(),
+    @property
+    def replica(self) -> int:
+        """This rank's data-parallel replica."""
+        return parallel_state.get_data_parallel_rank()
+
+    def owners(self, lengths: Tensor, minibatches: Sequence[Tensor]) -> Tensor:
+        """[B] int64: the replica that trains on each sequence."""
+        owners = torch.empty(lengths.numel(), dtype=torch.int64)
+        for replica, microbatches in enumerate(self._plan(lengths, minibatches)):
+            owners[list(itertools.chain.from_iterable(microbatches))] = replica
+        return owners
+
+    def _plan(self, lengths: Tensor, minibatches: Sequence[Tensor] | None) -> list[list[list[int]]]:
+        return plan_minibatches(
+            lengths,
+            [torch.arange(lengths.numel())] if minibatches is None else minibatches,
             max_tokens=self.max_tokens,
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
         )
+
+    def _microbatches(
+        self, batch: TrainBatch, minibatches: Sequence[Tensor] | None = None, **logprobs: Tensor | None
+    ) -> list[MicroBatch]:
+        """This replica's packed share of `batch`; without `minibatches` it is one."""
         tp = parallel_state.get_tensor_model_parallel_world_size()
         multiple_of = tp if self.provider.sequence_parallel else 1
-        mine = plan[parallel_state.get_data_parallel_rank()]
+        mine = self._plan(batch.lengths, minibatches)[self.replica]
         return [pack(batch, sequences, multiple_of=multiple_of, **logprobs) for sequences in mine]
 
     def _run(self, model: list[Any], forward_step: Any, microbatches: list[MicroBatch], *, train: bool) -> list[Any]:
@@ -202,27 +219,27 @@ class MegatronPolicy:
             collect_non_loss_data=not train,
         )
 
-    def logprobs(self, batch: TrainBatch) -> Tensor:
-        """Log-probability of every response token of `batch`: [T] float32 on the host, the same on every rank."""
-        return self._logprobs_of(self.model, batch)
+    def logprobs(self, batch: TrainBatch, minibatches: Sequence[Tensor] | None = None) -> Tensor:
+        """Log-probability of every response token that this replica trains on: [T] float32 on the host, 0 elsewhere."""
+        return self._logprobs_of(self.model, batch, minibatches)
 
-    def reference_logprobs(self, batch: TrainBatch) -> Tensor:
+    def reference_logprobs(self, batch: TrainBatch, minibatches: Sequence[Tensor] | None = None) -> Tensor:
         """The same under the frozen reference model; raises when the policy was built without one."""
         assert self.reference is not None, "built with with_reference=False"
-        return self._logprobs_of(self.reference, batch)
+        return self._logprobs_of(self.reference, batch, minibatches)
 
     @torch.no_grad()
-    def _logprobs_of(self, model: list[Any], batch: TrainBatch) -> Tensor:
+    def _logprobs_of(self, model: list[Any], batch: TrainBatch, minibatches: Sequence[Tensor] | None) -> Tensor:
         def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
             out, _ = self._forward(iterator, chunk)
             return out, lambda scores, non_loss_data: scores[0, :, 0]
 
-        microbatches = self._microbatches(batch)
+        microbatches = self._microbatches(batch, minibatches)
         scored = self._run(model, forward_step, microbatches, train=False)
         total = torch.zeros(batch.tokens.numel(), dtype=torch.float32)
         if self._reports():
             total = scatter_logprobs(microbatches, scored, total.numel())
-        return _all_reduce(total)
+        return _all_reduce(total, parallel_state.get_model_parallel_group())
 
     # ---------------------------------------------------------------- update
 
@@ -361,8 +378,8 @@ def _own_gradient(buffer: Any) -> Iterator[Tensor]:
         yield from (shards[shard] for shard in range(size) if not (is_reduced and shard == rank))
 
 
-def _all_reduce(host: Tensor) -> Tensor:
-    """Sum over all ranks of a host tensor, through the device that the default group speaks to."""
+def _all_reduce(host: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum over the ranks of `group`, or all, of a host tensor, through the device that the default group speaks to."""
     moved = host.to(device()) if torch.cuda.is_available() else host
-    dist.all_reduce(moved)
+    dist.all_reduce(moved, group=group)
     return moved.cpu()
