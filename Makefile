@@ -46,6 +46,7 @@ docs: setup
 bench: setup
 	$(BIN)/python benchmarks/verifier.py
 	$(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/controller.py
 
 faults: setup
 	$(BIN)/python benchmarks/rank_faults.py

@@ -18,6 +18,7 @@ from nemo_dapo.config import RunConfig
 from nemo_dapo.data.loader import PromptLoader
 from nemo_dapo.detokenizer import Decode
 from nemo_dapo.evaluation import EvaluationResult, evaluate
+from nemo_dapo.garbage import no_full_collections
 from nemo_dapo.interfaces import Rewarder, RolloutEngine
 from nemo_dapo.rewards.shaping import score_of
 from nemo_dapo.sampling import Collected, GroupSampler
@@ -75,13 +76,15 @@ class Controller:
         wanted = self.config.algorithm.prompts_per_step
         with tqdm(total=wanted, desc=f"step {step} rollout", unit="group", leave=False, disable=self._no_bar()) as bar:
             self.sampler.on_progress = lambda accepted, sampled: _advance(bar, accepted, sampled)
-            collected = await self.sampler.collect(wanted)
+            with no_full_collections():
+                collected = await self.sampler.collect(wanted)
         for group in collected.judged:
             if not group.num_errors:
                 self.loader.record(group.prompt.uid, group.num_correct, len(group.samples))
         advantages = self._advantages(self._rewards(collected.groups))
         await asyncio.to_thread(self._dump, step, collected)  # decoding and compressing take seconds
-        return Rollout(make_batch(collected.groups, advantages), collected.groups, self._metrics(collected))
+        batch = await asyncio.to_thread(make_batch, collected.groups, advantages)  # a gigabyte to copy
+        return Rollout(batch, collected.groups, self._metrics(collected))
 
     def _rewards(self, groups: Sequence[Group]) -> torch.Tensor:
         """[N, G]: the verdict's score plus the soft overlong punishment (Eq. 13)."""
@@ -137,17 +140,18 @@ class Controller:
     async def evaluate(self, step: int) -> EvaluationResult:
         """Sample and judge the evaluation sets; per-problem results go to `evaluation/step_*.jsonl`."""
         rollout = self.config.rollout
-        result = await evaluate(
-            self.engine,
-            self.rewarder,
-            self.eval_sets,
-            self.config.evaluation,
-            decode=self.decode,
-            max_response_length=rollout.max_response_length,
-            samples={name: one.samples for name, one in self.config.data.eval.items()},
-            max_concurrent_sequences=rollout.max_concurrent_sequences * rollout.num_servers,
-            progress=not self._no_bar(),
-        )
+        with no_full_collections():
+            result = await evaluate(
+                self.engine,
+                self.rewarder,
+                self.eval_sets,
+                self.config.evaluation,
+                decode=self.decode,
+                max_response_length=rollout.max_response_length,
+                samples={name: one.samples for name, one in self.config.data.eval.items()},
+                max_concurrent_sequences=rollout.max_concurrent_sequences * rollout.num_servers,
+                progress=not self._no_bar(),
+            )
         result.write_jsonl(self.run_dir / "evaluation" / f"step_{step:06d}.jsonl")
         for one in result.sets.values():
             print(one, flush=True)

@@ -615,3 +615,25 @@ def test_the_arrays_of_an_answer_are_the_wire_s_own(start):
     answer = asyncio.run(scenario())
     assert answer.token_ids.dtype == np.int32
     assert answer.logprobs.dtype == np.float32
+
+
+def test_requests_begin_a_few_at_a_turn_of_the_event_loop(engine_over: Callable[..., VLLMEngine]) -> None:
+    engine = engine_over(StandInServers("http://127.0.0.1:9"))
+    begun = 0
+
+    async def begin() -> None:
+        nonlocal begun
+        await engine._turn()
+        begun += 1
+
+    async def begun_each_turn() -> list[int]:
+        waiting = [asyncio.ensure_future(begin()) for _ in range(10 * engine_module.STARTS_AT_ONCE)]
+        counts = [0]
+        while not all(one.done() for one in waiting):
+            await asyncio.sleep(0)
+            counts.append(begun)
+        return [after - before for before, after in itertools.pairwise(counts)]
+
+    each_turn = engine._run(begun_each_turn())
+    assert sum(each_turn) == 10 * engine_module.STARTS_AT_ONCE
+    assert 0 < max(each_turn) <= engine_module.STARTS_AT_ONCE

@@ -28,6 +28,7 @@ CONNECT_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 2.0  # below uvicorn's 5: a connection that the server is about to close is not used again
 JSON_BYTES_PER_TOKEN = 1024  # seven times what vLLM sends
 MAX_REFUSAL_BYTES = 1 << 16
+REQUEST_HEADERS = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 REFUSALS = (400, 413, 422)  # what a server says of a request that is wrong whoever serves it; the rest is about itself
 
 
@@ -54,6 +55,7 @@ def session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
         headers=dict(headers),
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+        cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,  # a small body must not become a large one
         trust_env=False,
         read_bufsize=1 << 18,
@@ -72,7 +74,7 @@ def stop_tokens(model_path: Path, tokenizer: Any) -> list[int]:
 
 def request_body(
     prompt: Prompt, params: SamplingParams, stop_token_ids: list[int], priority: int | None = None
-) -> dict[str, Any]:
+) -> bytes:
     """The JSON of a request for one sample; a lower `priority` is served first, None leaves it out.
 
     No seed: a seeded request kills vLLM's CPU engine when its prefill is chunked.
@@ -89,13 +91,13 @@ def request_body(
             "stop_token_ids": stop_token_ids,
         },
     }
-    return body if priority is None else body | {"priority": priority}
+    return json.dumps(body if priority is None else body | {"priority": priority}).encode()
 
 
 async def sample(
     http: aiohttp.ClientSession,
     server: Server,
-    body: dict[str, Any],
+    body: bytes,
     expected: Expected,
     on_progress: Callable[[], None],
 ) -> Answer:
@@ -106,7 +108,7 @@ async def sample(
     """
     route = wire.ROUTE if server.has_frames else JSON_ROUTE
     try:
-        async with http.post(server.url + route, json=body, headers={"Accept-Encoding": "identity"}) as response:
+        async with http.post(server.url + route, data=body, headers=REQUEST_HEADERS) as response:
             await _check_status(response, expected.uid)
             if server.has_frames:
                 return await _read_frames(response, server, expected, on_progress)
@@ -141,24 +143,37 @@ async def _read_frames(
     response: aiohttp.ClientResponse, server: Server, expected: Expected, on_progress: Callable[[], None]
 ) -> Answer:
     reader = wire.FrameReader(expected.max_tokens)
-    frames: list[wire.Frame] = []
+    ids: list[wire.Ids] = []  # arrays alone: the garbage collector would visit each frame of thousands of open answers
+    logprobs: list[wire.Logprobs] = []
+    last: wire.Frame | None = None
     try:
         async for piece in response.content.iter_any():
-            before = len(frames)
-            frames += reader.feed(piece)
-            if len(frames) > before:
+            before = len(ids)
+            for last in reader.feed(piece):
+                ids.append(last.token_ids)
+                logprobs.append(last.logprobs)
+            if len(ids) > before:
                 on_progress()
         reader.close()
     except wire.WireError as error:
         raise UnusableAnswerError(f"sample of prompt {expected.uid}: {error}") from error
-    answer = _join(frames, expected.uid)
+    assert last is not None, "a stream that closed well had a last frame"
+    reason, versions = _read_end(last, expected.uid)
+    answer = Answer(_whole(ids), _whole(logprobs), reason, versions)
     if answer.versions or server.reports_versions:
         return answer
     return dataclasses.replace(answer, versions=(VersionSpan(expected.oldest_version, 0, len(answer.token_ids)),))
 
 
-def _join(frames: list[wire.Frame], uid: str) -> Answer:
-    last = frames[-1]
+def _whole(parts: list[Any]) -> Any:
+    """One read-only array, which a Sample then takes as it is."""
+    joined = np.concatenate(parts)
+    joined.flags.writeable = False
+    return joined
+
+
+def _read_end(last: wire.Frame, uid: str) -> tuple[str, tuple[VersionSpan, ...]]:
+    """Finish reason and weight versions of an answer, by its last frame; raises what a failed one amounts to."""
     if last.kind == wire.FAILED:
         said = printable(last.extra.decode(errors="replace"), 300)
         if said.startswith("refused"):
@@ -166,12 +181,11 @@ def _join(frames: list[wire.Frame], uid: str) -> Answer:
         raise ServerUnavailableError(said)
     try:
         final = last.final
-        versions = tuple(VersionSpan(*(int(edge) for edge in span)) for span in final["versions"])
-        reason = str(final["finish_reason"])
+        return str(final["finish_reason"]), tuple(
+            VersionSpan(*(int(edge) for edge in span)) for span in final["versions"]
+        )
     except (wire.WireError, KeyError, TypeError, ValueError) as error:
         raise UnusableAnswerError(f"sample of prompt {uid}: {type(error).__name__}: {error}") from error
-    ids = np.concatenate([frame.token_ids for frame in frames])
-    return Answer(ids, np.concatenate([frame.logprobs for frame in frames]), reason, versions)
 
 
 def _read_json(raw: bytes, expected: Expected, assumed_version: int | None) -> Answer:

@@ -44,6 +44,7 @@ MAX_LATE = 2  # times that one sample may be late
 MAX_LOST = 4  # times that one sample's server may be lost under it: its prompt may be the cause
 FIRST_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 10.0
+STARTS_AT_ONCE = 8  # groups or samples, in one turn of the event loop
 METRICS_SECONDS = 4.0  # for a server to answer /metrics; one that does not has made no progress that we know of
 STARTING, ASLEEP = "start", "sleep"  # why servers may be silent or gone for a while
 BYTES_PER_ELEMENT = {Precision.bf16: 2, Precision.fp32: 4}
@@ -92,6 +93,7 @@ class VLLMEngine:
         self._submissions = itertools.count()
         self._by_priority = config.vllm.get("scheduling_policy", "priority") == "priority"
         self._loop = LoopThread("rollout")
+        self._starting = asyncio.Semaphore(STARTS_AT_ONCE)
         self._fleet, self._http = self._loop.submit(self._open()).result()
 
     async def _open(self) -> tuple[Fleet, aiohttp.ClientSession]:
@@ -184,20 +186,21 @@ class VLLMEngine:
         # Earlier groups first: a server short of memory preempts the newest.
         priority = next(self._submissions) if self._by_priority else None
         body = client.request_body(prompt, params, self.stop_token_ids, priority)
-        return await asyncio.wrap_future(self._loop.submit(self._group(prompt, n, body)))
+        return await asyncio.wrap_future(self._loop.submit(self._group(prompt, n, body, params.max_tokens)))
 
-    async def _group(self, prompt: Prompt, n: int, body: dict[str, Any]) -> list[Sample]:
+    async def _group(self, prompt: Prompt, n: int, body: bytes, max_tokens: int) -> list[Sample]:
+        await self._turn()
         member = await self._fleet.take(n)
-        return await all_or_none([self._sample(prompt, body, member) for _ in range(n)])
+        return await all_or_none([self._sample(prompt, body, max_tokens, member) for _ in range(n)])
 
-    async def _sample(self, prompt: Prompt, body: dict[str, Any], member: Member) -> Sample:
+    async def _sample(self, prompt: Prompt, body: bytes, max_tokens: int, member: Member) -> Sample:
         """One sample, by as many tries as it takes within their bounds; one place on `member` is already taken."""
         tries = late = lost = 0
         for backoff in _backoffs():
             life = member.life
             try:
                 life = await self._fleet.ready(member)
-                answer = await self._try(prompt, body, member)
+                answer = await self._try(prompt, body, max_tokens, member)
                 self._fleet.served(member)
                 return Sample(answer.token_ids, answer.logprobs, answer.finish_reason, answer.versions)
             except (ServerUnavailableError, LostServerError, UnusableAnswerError, LateError) as problem:
@@ -222,12 +225,13 @@ class VLLMEngine:
             member = await self._fleet.take(1)
         raise AssertionError("backoffs never end")
 
-    async def _try(self, prompt: Prompt, body: dict[str, Any], member: Member) -> answers.Answer:
+    async def _try(self, prompt: Prompt, body: bytes, max_tokens: int, member: Member) -> answers.Answer:
         """One request to one server, until it answers, is lost, or `rollout.request_timeout` has passed."""
+        await self._turn()
         life, limit = member.life, self.config.request_timeout
         expected = answers.Expected(
             prompt.uid,
-            body["sampling_params"]["max_tokens"],
+            max_tokens,
             frozenset(self.stop_token_ids),
             self.vocab_size,
             oldest_version=self._version,
@@ -253,6 +257,11 @@ class VLLMEngine:
             await asyncio.wait({request})
             if not request.cancelled():
                 request.exception()  # seen: whatever it was, it came too late
+
+    async def _turn(self) -> None:
+        """Wait for a turn of the event loop in which few others start: all at once would block it for seconds."""
+        async with self._starting:
+            await asyncio.sleep(0)
 
     # ---------------------------------------------------------------- servers
 

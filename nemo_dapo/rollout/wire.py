@@ -122,23 +122,35 @@ class FrameReader:
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self._buffer = bytearray()
+        self._buffer = bytearray()  # of a frame that has not come wholly
+        self._wanted = 0  # bytes in the buffer until it is worth another look
         self._numbers = 0
         self._tokens = 0
         self.ended = False
 
     def feed(self, piece: bytes) -> Iterator[Frame]:
-        """The frames that `piece` completes. Raises WireError at the first byte that cannot be right."""
-        self._buffer += piece
+        """The frames that `piece` completes. Raises WireError at the first byte that cannot be right.
+
+        A piece that begins where a frame does, as nearly all do, is read where it lies: the arrays keep it alive.
+        """
+        if self._buffer:
+            self._buffer += piece
+            if len(self._buffer) < self._wanted:
+                return
+            piece = bytes(self._buffer)
+            self._buffer.clear()
         at = 0
-        while len(self._buffer) - at >= _LAYOUT.size:
-            header = self._read_header(bytes(self._buffer[at : at + _LAYOUT.size]))
-            start, end = at + _LAYOUT.size, at + _LAYOUT.size + header.body_size
-            if len(self._buffer) < end:
+        while len(piece) - at >= _LAYOUT.size:
+            header = self._read_header(piece[at : at + _LAYOUT.size])
+            end = at + _LAYOUT.size + header.body_size
+            if len(piece) < end:
                 break
-            yield self._read_body(header, bytes(memoryview(self._buffer)[start:end]))
+            yield self._read_body(header, piece, at + _LAYOUT.size)
             at = end
-        del self._buffer[:at]
+        else:
+            end = at + _LAYOUT.size
+        self._buffer += memoryview(piece)[at:]
+        self._wanted = end - at
 
     def close(self) -> None:
         """The stream has ended; raises WireError when it did so in the middle."""
@@ -166,12 +178,13 @@ class FrameReader:
             )
         return header
 
-    def _read_body(self, header: _Header, body: bytes) -> Frame:
-        if zlib.crc32(body) != header.body_crc:
-            raise WireError(f"frame {header.number}: the checksum of {len(body)} bytes does not match")
+    def _read_body(self, header: _Header, data: bytes, start: int) -> Frame:
+        end = start + header.body_size
+        if zlib.crc32(memoryview(data)[start:end]) != header.body_crc:
+            raise WireError(f"frame {header.number}: the checksum of {header.body_size} bytes does not match")
         self._numbers += 1
         self._tokens += header.tokens
         self.ended = header.kind != TOKENS
-        ids = np.frombuffer(body, "<i4", header.tokens)
-        logprobs = np.frombuffer(body, "<f4", header.tokens, offset=4 * header.tokens)
-        return Frame(header.kind, header.number, header.first, ids, logprobs, body[_BYTES_PER_TOKEN * header.tokens :])
+        ids = np.frombuffer(data, "<i4", header.tokens, start)
+        logprobs = np.frombuffer(data, "<f4", header.tokens, start + 4 * header.tokens)
+        return Frame(header.kind, header.number, header.first, ids, logprobs, data[end - header.extra : end])
