@@ -487,16 +487,20 @@ def unreadable(job: Job) -> dict[str, str]:
     }
 
 
+FILE_LIMIT = 100_000  # bytes
+
+
 def unwritable(job: Job) -> dict[str, str]:
     """What each rank says when one of them cannot write; no rank may be left waiting."""
     from megatron.core.dist_checkpointing.strategies import common
 
+    from nemo_dapo.megatron import checkpoint as module
+
     policy = job.policy(Layout())
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if job.rank == 0:  # of two data-parallel ranks the one that writes
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    small_files = error_of(lambda: _save(job, policy, "limited"))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if job.rank == 0:  # of two data-parallel ranks the one that writes: a directory stands where its shard belongs
+        (job.folder / "blocked" / "__0_0.distcp").mkdir(parents=True)
+    dist.barrier()
+    one_shard = error_of(lambda: _save(job, policy, "blocked"))
 
     def full(*_: Any) -> None:
         if job.rank == 0:
@@ -505,10 +509,17 @@ def unwritable(job: Job) -> dict[str, str]:
     kept, common.TorchCommonSaveStrategy.save_common = common.TorchCommonSaveStrategy.save_common, full
     rank_zero = error_of(lambda: _save(job, policy, "full"))
     common.TorchCommonSaveStrategy.save_common = kept
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, limits[1]))
+    limited = module._cannot_write(job.folder, 10**9)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return {
-        "file-size limit": small_files,
+        "one shard": one_shard,
         "rank 0 alone": rank_zero,
         "afterwards": error_of(lambda: _save(job, policy, "ok")),
+        "file-size limit": limited,
+        "larger than the disk": module._cannot_write(job.folder, 10**18),
+        "nothing wrong": module._cannot_write(job.folder, 1),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import itertools
 import os
 import random
 import shutil
@@ -132,6 +133,54 @@ def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(
     assert [name for name in names(tmp_path) if name.startswith("step_")] == ["step_000004"]
     save(tmp_path, 6, keep=1)
     assert names(tmp_path) == ["step_000006"]
+
+
+STEPS_OF_A_SAVE = ("os.replace", "os.fsync", "shutil.rmtree")
+
+
+def killed_before(call: int, monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> bool:
+    """Do `work`, killed right before the `call`-th of the calls that change the disk; False when it has fewer."""
+    left = iter(range(call))
+
+    def or_killed(original: Callable[..., object]) -> Callable[..., object]:
+        def run(*args: object, **options: object) -> object:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return original(*args, **options)
+
+        return run
+
+    with monkeypatch.context() as patched:
+        for name in STEPS_OF_A_SAVE:
+            module, _, function = name.partition(".")
+            patched.setattr(name, or_killed(getattr({"os": os, "shutil": shutil}[module], function)))
+        try:
+            work()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def test_killed_before_any_change_of_the_disk_the_run_goes_on_from_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `keep=1`, where the one before is removed: at each instant the old one or the new one is there, and whole."""
+    chosen = []
+    for call in itertools.count():
+        folder = tmp_path / str(call)
+        save(folder, 2, number=2, keep=1)
+        killed = killed_before(call, monkeypatch, lambda at=folder: save(at, 4, number=4, keep=1))  # type: ignore[misc]
+        step = checkpoint.choose(folder, None)
+        assert step in (2, 4)
+        assert load(folder, step)[0] == step
+        chosen.append(step)
+        save(folder, 6, number=6, keep=1)
+        assert names(folder) == ["step_000006"]
+        if not killed:
+            break
+    assert chosen == sorted(chosen)
+    assert len(chosen) > 8
+    assert {2, 4} == set(chosen)
 
 
 def test_checkpoints_of_an_earlier_run_are_set_aside_not_counted_or_overwritten(tmp_path: Path) -> None:

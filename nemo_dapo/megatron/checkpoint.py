@@ -188,9 +188,10 @@ def _cannot_write(path: Path, needed: int) -> str:
 
 def _cause(error: BaseException) -> str:
     """One line; of torch's CheckpointException, which is no Exception and holds each rank's own error, the first one."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank, (own, _) = min(failures.items(), key=lambda item: item[0])
+    if isinstance(error, CheckpointException):
+        if not error.failures:  # told to one rank alone
+            return "another rank failed"
+        rank, (own, _) = min(error.failures.items(), key=lambda item: item[0])
         return f"rank {rank}: {_cause(own)}"
-    text = " ".join(str(error).split()) or "another rank failed"
+    text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= LONGEST_CAUSE else text[:LONGEST_CAUSE] + ' …'}"
