@@ -637,3 +637,14 @@ def test_requests_begin_a_few_at_a_turn_of_the_event_loop(engine_over: Callable[
     each_turn = engine._run(begun_each_turn())
     assert sum(each_turn) == 10 * engine_module.STARTS_AT_ONCE
     assert 0 < max(each_turn) <= engine_module.STARTS_AT_ONCE
+
+
+@pytest.mark.parametrize(("hard", "allowed"), [(20_000, 8_704), (4_096, 4_096)])
+def test_every_sample_in_flight_may_have_a_connection(hard, allowed, monkeypatch, caplog):
+    limits = [(1_024, hard)]
+    monkeypatch.setattr(client.resource, "getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr(client.resource, "setrlimit", lambda which, pair: limits.append(pair))
+    for _ in range(2):
+        client.allow_open_files(8_192)
+    assert limits[-1] == (allowed, hard)
+    assert ("ulimit -Hn" in caplog.text) == (allowed < 8_704)

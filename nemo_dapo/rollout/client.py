@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
+import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +25,14 @@ from nemo_dapo.rollout.answers import Answer, Expected, UnusableAnswerError
 from nemo_dapo.telemetry.escape import printable
 from nemo_dapo.types import Prompt, SamplingParams, VersionSpan
 
+log = logging.getLogger(__name__)
+
 JSON_ROUTE = "/inference/v1/generate"
 CONNECT_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 2.0  # below uvicorn's 5: a connection that the server is about to close is not used again
 JSON_BYTES_PER_TOKEN = 1024  # seven times what vLLM sends
 MAX_REFUSAL_BYTES = 1 << 16
+FILES_BESIDE_CONNECTIONS = 512  # of a trainer rank with its workers, libraries and ranks
 REQUEST_HEADERS = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 REFUSALS = (400, 413, 422)  # what a server says of a request that is wrong whoever serves it; the rest is about itself
 
@@ -60,6 +65,23 @@ def session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
         trust_env=False,
         read_bufsize=1 << 18,
     )
+
+
+def allow_open_files(connections: int) -> None:
+    """Raise this process's limit of open files: every sample in flight has a connection, and shells allow 1,024."""
+    needed = connections + FILES_BESIDE_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+    if allowed < needed:
+        log.warning(
+            "%d samples may be in flight, but this process may open %d files (ulimit -Hn): raise that, or lower "
+            "rollout.max_concurrent_sequences",
+            connections,
+            allowed,
+        )
 
 
 def stop_tokens(model_path: Path, tokenizer: Any) -> list[int]:

@@ -97,6 +97,7 @@ class VLLMEngine:
         self._fleet, self._http = self._loop.submit(self._open()).result()
 
     async def _open(self) -> tuple[Fleet, aiohttp.ClientSession]:
+        client.allow_open_files(len(self.servers) * self.config.max_concurrent_sequences)
         fleet = Fleet(
             len(self.servers),
             self.config.max_concurrent_sequences,
