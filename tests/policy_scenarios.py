@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import errno
 import functools
 import math
 import multiprocessing
 import os
 import pickle
-import resource
 import shutil
 import sys
 import time
@@ -487,42 +485,6 @@ def unreadable(job: Job) -> dict[str, str]:
     }
 
 
-FILE_LIMIT = 100_000  # bytes
-
-
-def unwritable(job: Job) -> dict[str, str]:
-    """What each rank says when one of them cannot write; no rank may be left waiting."""
-    from megatron.core.dist_checkpointing.strategies import common
-
-    from nemo_dapo.megatron import checkpoint as module
-
-    policy = job.policy(Layout())
-    if job.rank == 0:  # of two data-parallel ranks the one that writes: a directory stands where its shard belongs
-        (job.folder / "blocked" / "__0_0.distcp").mkdir(parents=True)
-    dist.barrier()
-    one_shard = error_of(lambda: _save(job, policy, "blocked"))
-
-    def full(*_: Any) -> None:
-        if job.rank == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "common.pt")
-
-    kept, common.TorchCommonSaveStrategy.save_common = common.TorchCommonSaveStrategy.save_common, full
-    rank_zero = error_of(lambda: _save(job, policy, "full"))
-    common.TorchCommonSaveStrategy.save_common = kept
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, limits[1]))
-    limited = module._cannot_write(job.folder, 10**9)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    return {
-        "one shard": one_shard,
-        "rank 0 alone": rank_zero,
-        "afterwards": error_of(lambda: _save(job, policy, "ok")),
-        "file-size limit": limited,
-        "larger than the disk": module._cannot_write(job.folder, 10**18),
-        "nothing wrong": module._cannot_write(job.folder, 1),
-    }
-
-
 def checkpoint_without_padding(job: Job) -> dict[str, Any]:
     """A checkpoint under Megatron's own count of bucket padding: what `keep_bucket_padding` is for."""
     from nemo_dapo.megatron import checkpoint as module
@@ -723,7 +685,6 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
         "non_finite pp2": non_finite(PP2),
         "parity": parity(TP2),
         "checkpoint pp2": checkpoint(PP2, "ck2"),
-        "unwritable": unwritable,
     },
     4: {
         "first_step tp2pp2": first_step(TP2PP2),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.policy_runs import PolicyRuns
-from tests.policy_scenarios import CHANGED_OPTIONS, FILE_LIMIT, NUM_SEQUENCES, RARE_SEQUENCE
+from tests.policy_scenarios import CHANGED_OPTIONS, NUM_SEQUENCES, RARE_SEQUENCE
 
 pytestmark = pytest.mark.slow
 
@@ -204,21 +204,6 @@ def test_what_cannot_be_read_is_said_in_a_line_with_the_remedy(policy_runs: Poli
     assert said.endswith("start anew with checkpoint.resume=never")
     assert len(said) < 800
     assert "\n" not in said
-
-
-def test_a_rank_that_cannot_write_names_the_cause_and_leaves_none_waiting(policy_runs: PolicyRuns) -> None:
-    first, second = (policy_runs.get(2, "unwritable", rank) for rank in range(2))
-    assert "Is a directory" in first["one shard"]
-    assert second["one shard"] == "another rank failed"
-    assert "No space left on device" in first["rank 0 alone"]
-    assert (first["afterwards"], second["afterwards"]) == ("", "")
-
-
-def test_what_the_disk_lacks_is_named_where_the_writer_hides_it(policy_runs: PolicyRuns) -> None:
-    said = policy_runs.get(2, "unwritable")
-    assert f"at most {FILE_LIMIT} bytes here (ulimit -f) and it takes about 1 GB" in said["file-size limit"]
-    assert "No space left on device: it takes about 1e+09 GB" in said["larger than the disk"]
-    assert said["nothing wrong"] == ""
 
 
 # ------------------------------------------------------------------ refused updates

@@ -54,10 +54,11 @@ def keep_bucket_padding(model: list[Any]) -> None:
 
 def _sharded_state(model: list[Any], optimizer: Any, scheduler: Any, *, is_loading: bool) -> dict[str, Any]:
     state: dict[str, Any] = {}
+    metadata = dict(METADATA)  # Megatron adds the process groups of the layout to it
     for i, chunk in enumerate(model):
         name = "model" if len(model) == 1 else f"model{i}"
-        state[name] = unwrap_model(chunk).sharded_state_dict(prefix="", metadata=METADATA)
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=METADATA)
+        state[name] = unwrap_model(chunk).sharded_state_dict(prefix="", metadata=metadata)
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     state["scheduler"] = scheduler.state_dict()
     return state
 
@@ -122,9 +123,10 @@ def save(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> list[P
         needed = _bytes_of_all_ranks(state)
         collect_in_this_process()
         with errors_of_rank_zero_kept():
-            dist_checkpointing.save(state, str(path), content_metadata=METADATA)
+            dist_checkpointing.save(state, str(path), content_metadata=dict(METADATA))
     except (CheckpointException, Exception) as error:
-        raise RuntimeError(f"{_cannot_write(path, needed) or _cause(error)}") from error
+        disk = _cannot_write(path, needed)
+        raise RuntimeError(f"{disk} ({_cause(error)})" if disk else _cause(error)) from error
     rank = dist.get_rank()
     mine = sorted(path.glob(f"__{rank}_*.distcp"))
     return mine if rank else mine + [file for name in WRITTEN_BY_RANK_ZERO if (file := path / name).exists()]
