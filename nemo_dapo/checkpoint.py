@@ -24,6 +24,7 @@ from nemo_dapo import digests, hf_folder
 from nemo_dapo.collectives import gather_json
 from nemo_dapo.coordination import found_alike
 from nemo_dapo.digests import FileDigest
+from nemo_dapo.files import set_aside as number_aside
 from nemo_dapo.interfaces import Policy
 
 log = logging.getLogger(__name__)
@@ -123,9 +124,7 @@ def set_aside(directory: Path) -> Path | None:
     """Move the checkpoints of an earlier run away, and say where to: `keep` would count them among the newest ones."""
     if latest(directory) is None:
         return None
-    numbers = itertools.count(1)
-    place = next(p for n in numbers if not (p := directory.with_name(f"{directory.name}.previous{n}")).exists())
-    return directory.rename(place)
+    return directory.with_name(f"{directory.name}.previous{number_aside(directory)}")
 
 
 # ---------------------------------------------------------------- reading

@@ -23,7 +23,7 @@ import asyncio
 import json
 import math
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from nemo_dapo.detokenizer import Decode
 from nemo_dapo.files import replacing
 from nemo_dapo.interfaces import Rewarder, RolloutEngine
 from nemo_dapo.rewards.math import canonical
+from nemo_dapo.tasks import all_or_none
 from nemo_dapo.types import Prompt, Sample, SamplingParams, Verdict
 
 CONFIDENCE = 0.95
@@ -252,7 +253,7 @@ async def evaluate(
         return problem_result(name, prompt, drawn, verdicts, texts)
 
     with bar:
-        results = await _all([one(name, prompt) for name, prompts in sets.items() for prompt in prompts])
+        results = await all_or_none([one(name, prompt) for name, prompts in sets.items() for prompt in prompts])
     return EvaluationResult(
         {name: summarise(name, [r for r in results if r.set == name], counts[name]) for name in sets}, results
     )
@@ -282,17 +283,6 @@ def problem_result(
         truncated=[sample.truncated for sample in samples],
         responses=list(responses),
     )
-
-
-async def _all(calls: Sequence[Coroutine[Any, Any, ProblemResult]]) -> list[ProblemResult]:
-    """The results of `calls` in order; the first exception cancels the others and is raised."""
-    tasks = [asyncio.create_task(call) for call in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _pass_at(result: ProblemResult, k: int) -> float:

@@ -31,8 +31,9 @@ from nemo_dapo.rollout import answers, client, control, weight_sync, wire
 from nemo_dapo.rollout.answers import UnusableAnswerError
 from nemo_dapo.rollout.client import ServerUnavailableError
 from nemo_dapo.rollout.fleet import Fleet, HopelessError, LostServerError, Member
-from nemo_dapo.rollout.loop import LoopThread, all_or_none
+from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.servers import ServersClosedError, VLLMServers
+from nemo_dapo.tasks import all_or_none
 from nemo_dapo.types import Prompt, Sample, SamplingParams
 
 log = logging.getLogger(__name__)
