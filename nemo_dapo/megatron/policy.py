@@ -40,6 +40,7 @@ from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
 from nemo_dapo.megatron import checkpoint, weights
 from nemo_dapo.megatron.logprobs import score_targets
 from nemo_dapo.megatron.parallel import device
+from nemo_dapo.megatron.provider import make_provider
 from nemo_dapo.telemetry.metrics import Max, Mean, Metric
 from nemo_dapo.types import TrainBatch
 
@@ -64,7 +65,7 @@ class MegatronPolicy:
         self.optimizer_config = optimizer
         self.source = Path(model.path)
         self.bridge = weights.load_bridge(model.path)
-        self.provider = weights.make_provider(self.bridge, model, parallel)
+        self.provider = make_provider(self.bridge, model, parallel)
         self.vocab_size = int(self.bridge.hf_pretrained.config.vocab_size)
         self.model = self._build(trainable=True)
         self.reference = self._build(trainable=False) if with_reference else None
