@@ -163,7 +163,7 @@ def check(config: RunConfig) -> None:
     if is_rank_zero():  # which alone reads the data
         check_data(config.data)
     if config.algorithm.loss:
-        from nemo_dapo.loss import load_loss_fn
+        from nemo_dapo.losses import load_loss_fn
 
         load_loss_fn(config.algorithm)  # a name that cannot be used is said before the servers start
 

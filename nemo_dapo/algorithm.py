@@ -83,7 +83,7 @@ def dapo_loss(
     # Chosen before exp: multiplying by the mask afterwards turns an infinity at a masked position into 0 * inf = NaN.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     advantages = torch.where(mask, advantages, 0.0)
-    ratio = _bounded(log_ratio).exp()
+    ratio = bounded(log_ratio).exp()
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     dual = torch.zeros_like(mask)
@@ -98,7 +98,7 @@ def dapo_loss(
         "approx_kl": kl_penalty(torch.zeros_like(log_ratio), log_ratio, estimator="k3").sum(),
         "tokens": mask.sum(),
     }
-    return -objective.sum(), _detached(sums, logprobs.dtype)
+    return -objective.sum(), detached(sums, logprobs.dtype)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str) -> Tensor:
@@ -115,7 +115,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str) -> Ten
     if estimator == "k2":
         return 0.5 * log_ratio.square()
     if estimator == "k3":
-        return torch.expm1(_bounded(log_ratio)) - log_ratio  # expm1: near 0 the difference drowns in exp's rounding
+        return torch.expm1(bounded(log_ratio)) - log_ratio  # expm1: near 0 the difference drowns in exp's rounding
     raise ValueError(f"estimator={estimator!r} is unknown: expected k1, k2 or k3")
 
 
@@ -144,10 +144,10 @@ def logprob_gap(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dic
         "gap_kl": kl_penalty(torch.zeros_like(difference), difference, estimator="k3").sum(),
         "tokens": mask.sum(),
     }
-    return _detached(sums, logprobs.dtype)
+    return detached(sums, logprobs.dtype)
 
 
-def _bounded(log_ratio: Tensor) -> Tensor:
+def bounded(log_ratio: Tensor) -> Tensor:
     """`log_ratio` with values above MAX_LOG_RATIO lowered to it and its gradient left alone.
 
     A plain clamp has no gradient beyond its limit: a token with A < 0 whose probability exploded, the one that most needs
@@ -156,6 +156,6 @@ def _bounded(log_ratio: Tensor) -> Tensor:
     return log_ratio + (log_ratio.clamp(max=MAX_LOG_RATIO) - log_ratio).detach()
 
 
-def _detached(sums: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def detached(sums: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """One dtype, so that the caller can stack and reduce them together (counts are exact up to 2^24 in float32)."""
     return {name: value.detach().to(dtype) for name, value in sums.items()}

@@ -55,20 +55,25 @@ class MicroBatch:
         return dataclasses.replace(self, **moved)
 
 
-def make_batch(groups: Sequence[Group], advantages: Tensor) -> TrainBatch:
-    """Concatenate prompts and responses of `groups`; `advantages` [N, G] as Eq. 9 gives them."""
+def make_batch(groups: Sequence[Group], advantages: Tensor, *, overlong_filter: bool = False) -> TrainBatch:
+    """Concatenate prompts and responses of `groups`; `advantages` [N, G] as Eq. 9 gives them.
+
+    Under `overlong_filter` (DAPO, section 3.4) a truncated response is left out: its prompt stands alone and adds
+    nothing to the loss, nor to the tokens that divide it. It still counts in its group's advantages.
+    """
     samples = [(group.prompt, sample) for group in groups for sample in group.samples]
+    kept = [0 if overlong_filter and sample.truncated else len(sample.token_ids) for _, sample in samples]
     prompt_lengths = torch.tensor([len(prompt.token_ids) for prompt, _ in samples], dtype=torch.int64)
-    lengths = prompt_lengths + torch.tensor([len(sample.token_ids) for _, sample in samples], dtype=torch.int64)
+    lengths = prompt_lengths + torch.tensor(kept, dtype=torch.int64)
     tokens = torch.empty(int(lengths.sum()), dtype=torch.int32)
     logprobs = torch.zeros(tokens.numel(), dtype=torch.float32)
     ids, values, at = tokens.numpy(), logprobs.numpy(), 0
-    for prompt, sample in samples:
-        response, end = at + len(prompt.token_ids), at + len(prompt.token_ids) + len(sample.token_ids)
+    for (prompt, sample), length in zip(samples, kept, strict=True):
+        response = at + len(prompt.token_ids)
         ids[at:response] = prompt.token_ids
-        ids[response:end] = sample.token_ids
-        values[response:end] = sample.logprobs
-        at = end
+        at = response + length
+        ids[response:at] = sample.token_ids[:length]
+        values[response:at] = sample.logprobs[:length]
     return TrainBatch(tokens, lengths, prompt_lengths, logprobs, advantages.flatten().to(torch.float32))
 
 

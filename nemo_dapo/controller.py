@@ -83,7 +83,9 @@ class Controller:
                 self.loader.record(group.prompt.uid, group.num_correct, len(group.samples))
         advantages = self._advantages(self._rewards(collected.groups))
         await asyncio.to_thread(self._dump, step, collected)  # decoding and compressing take seconds
-        batch = await asyncio.to_thread(make_batch, collected.groups, advantages)  # a gigabyte to copy
+        overlong_filter = self.config.algorithm.overlong_filter
+        # a gigabyte to copy
+        batch = await asyncio.to_thread(make_batch, collected.groups, advantages, overlong_filter=overlong_filter)
         return Rollout(batch, collected.groups, self._metrics(collected))
 
     def _rewards(self, groups: Sequence[Group]) -> torch.Tensor:

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from nemo_dapo.batching import MicroBatch
 
 LossFn = Callable[[Tensor, Tensor | None, "MicroBatch"], tuple[Tensor, dict[str, Tensor]]]
-"""(logprobs [T], entropy [T] or None, micro-batch) -> (loss summed over its response tokens, sums of metrics)."""
+"""(logprobs [T], entropy [T] or None, micro-batch) -> (loss summed over its response tokens, sums of metrics).
+
+The sum over the mini-batch is divided once, by its response tokens; a `denominator` among the sums, a whole number, is
+added up over all micro-batches and divides instead.
+"""
 
 RewardFn = Callable[[Prompt, str], Verdict]
 """(prompt, response text) -> Verdict; may be a coroutine function."""

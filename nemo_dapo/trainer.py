@@ -35,7 +35,7 @@ from nemo_dapo.coordination import (
     share_batch,
 )
 from nemo_dapo.interfaces import NonFiniteGradientError, Policy
-from nemo_dapo.loss import load_loss_fn
+from nemo_dapo.losses import load_loss_fn
 from nemo_dapo.phase import Phase
 from nemo_dapo.telemetry.memory import memory_record
 from nemo_dapo.telemetry.metrics import Last, Max, Mean, Metric, Sum, merge, merge_across_ranks, values
@@ -200,6 +200,8 @@ class DAPOTrainer:
         self, batch: TrainBatch, chosen: Tensor, logprobs: tuple[Tensor | None, Tensor | None], uids: list[str]
     ) -> None:
         """One optimizer step on the sequences `chosen`; a non-finite gradient is refused, reported and counted."""
+        if not int((batch.lengths - batch.prompt_lengths)[chosen].sum()):
+            return  # all of it was filtered: there is no gradient, and the optimizer must not move by its momentum
         tokens = batch.token_indices(chosen)
         old, reference = (None if values is None else values[tokens] for values in logprobs)
         if batch.num_sequences <= self.config.algorithm.minibatch_size:

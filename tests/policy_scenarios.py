@@ -30,7 +30,8 @@ from torch import Tensor
 from nemo_dapo.batching import MicroBatch
 from nemo_dapo.config import AlgorithmConfig, DecayStyle, ModelConfig, OptimizerConfig, ParallelConfig, Precision
 from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
-from nemo_dapo.loss import make_loss_fn
+from nemo_dapo.losses import load_loss_fn
+from nemo_dapo.losses.dapo import make_loss_fn
 from nemo_dapo.telemetry.metrics import values
 from nemo_dapo.types import TrainBatch
 
@@ -154,6 +155,11 @@ def noisy_old_logprobs(policy: Any, batch: TrainBatch) -> Tensor:
 
 
 LOSS: LossFn = make_loss_fn(AlgorithmConfig(entropy_coeff=0.01))
+# Each divides by something else than the tokens; responses differ in length, so a wrong denominator shows.
+VARIANTS: dict[str, LossFn] = {
+    "gspo": load_loss_fn(AlgorithmConfig(loss="gspo", clip_low=0.05, clip_high=0.05, entropy_coeff=0.01)),
+    "dr_grpo": load_loss_fn(AlgorithmConfig(loss="dr_grpo", loss_length=50, entropy_coeff=0.01)),
+}
 
 
 def full_gradients(policy: Any) -> dict[str, Tensor]:
@@ -237,6 +243,8 @@ def gradients(job: Job) -> dict[str, Any]:
         out[f"{name} per micro-batch"] = gradient_with(policy, batch, wrong, old, budget)
         wrong = per_rank(tokens, mine, job.world_size)
         out[f"{name} per rank"] = gradient_with(policy, batch, wrong, old, budget)
+        for variant, loss_fn in VARIANTS.items():
+            out[f"{name} {variant}"] = gradient_with(policy, batch, loss_fn, old, budget)
     return out
 
 

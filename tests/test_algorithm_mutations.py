@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import test_algorithm
+from mutation import mutant, noticed_by
 
 from nemo_dapo import algorithm
 
@@ -59,14 +60,14 @@ MUTANTS = {
     "mean over positions": ("return -objective.sum()", "return -objective.sum() / max(len(mask), 1)"),
     "ratio inverted": (LOSS_MASK, "log_ratio = torch.where(mask, old_logprobs - logprobs, 0.0)"),
     "no ratio": (LOSS_MASK, "log_ratio = torch.where(mask, logprobs - logprobs.detach(), 0.0)"),
-    "ratio without exp": ("_bounded(log_ratio).exp()", "1 + _bounded(log_ratio)"),
-    "ratio detached": ("_bounded(log_ratio).exp()", "_bounded(log_ratio).exp().detach() + 0 * log_ratio"),
+    "ratio without exp": ("bounded(log_ratio).exp()", "1 + bounded(log_ratio)"),
+    "ratio detached": ("bounded(log_ratio).exp()", "bounded(log_ratio).exp().detach() + 0 * log_ratio"),
     "mask missing on ratios": (LOSS_MASK, "log_ratio = logprobs - old_logprobs"),
     "mask missing on advantages": ("advantages = torch.where(mask, advantages, 0.0)", "pass"),
     "mask multiplied": (LOSS_MASK, "log_ratio = (logprobs - old_logprobs) * mask"),
     "mask inverted": ("mask = mask.bool()\n    # Chosen", "mask = ~mask.bool()\n    # Chosen"),
     "NaN scrubbed from real tokens": (LOSS_MASK, f"{LOSS_MASK}.nan_to_num()"),
-    "no bound on the exponent": ("ratio = _bounded(log_ratio).exp()", "ratio = log_ratio.exp()"),
+    "no bound on the exponent": ("ratio = bounded(log_ratio).exp()", "ratio = log_ratio.exp()"),
     "bound kills the gradient": (
         "log_ratio + (log_ratio.clamp(max=MAX_LOG_RATIO) - log_ratio).detach()",
         "log_ratio.clamp(max=MAX_LOG_RATIO)",
@@ -102,9 +103,9 @@ MUTANTS = {
     "k1 sign": ("return -log_ratio", "return log_ratio"),
     "k2 without one half": ("0.5 * log_ratio.square()", "log_ratio.square()"),
     "k2 detached": ("0.5 * log_ratio.square()", "0.5 * log_ratio.detach().square() + 0 * log_ratio"),
-    "k3 without - x": ("torch.expm1(_bounded(log_ratio)) - log_ratio", "torch.expm1(_bounded(log_ratio))"),
-    "k3 by exp": ("torch.expm1(_bounded(log_ratio)) -", "_bounded(log_ratio).exp() - 1 -"),
-    "k3 overflows": ("torch.expm1(_bounded(log_ratio))", "torch.expm1(log_ratio)"),
+    "k3 without - x": ("torch.expm1(bounded(log_ratio)) - log_ratio", "torch.expm1(bounded(log_ratio))"),
+    "k3 by exp": ("torch.expm1(bounded(log_ratio)) -", "bounded(log_ratio).exp() - 1 -"),
+    "k3 overflows": ("torch.expm1(bounded(log_ratio))", "torch.expm1(log_ratio)"),
     # Trainer against rollout engine
     "weights inverted": ("old_logprobs - rollout_logprobs, 0.0)", "rollout_logprobs - old_logprobs, 0.0)"),
     "weights not capped": ("log_ratio.exp().clamp(max=cap)", "log_ratio.exp()"),
@@ -121,25 +122,12 @@ MUTANTS = {
 
 
 def mutate(name: str) -> ModuleType:
-    correct, broken = MUTANTS[name]
-    assert SOURCE.count(correct) == 1, (
-        f"{correct!r} occurs {SOURCE.count(correct)} times in algorithm.py, expected once"
-    )
-    mutant = ModuleType(f"mutant ({name})")
-    exec(compile(SOURCE.replace(correct, broken), mutant.__name__, "exec", dont_inherit=True), mutant.__dict__)
-    return mutant
+    return mutant(SOURCE, name, *MUTANTS[name])
 
 
 @cache
 def killers(name: str) -> set[str]:
-    """The checks that notice the mutant. Only a failed assertion counts: a crash would prove nothing about the check."""
-    mutant, found = mutate(name), set()
-    for check_name, check in test_algorithm.CHECKS.items():
-        try:
-            check(mutant)
-        except AssertionError:
-            found.add(check_name)
-    return found
+    return noticed_by(test_algorithm.CHECKS, mutate(name))
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -206,7 +206,7 @@ CONTRADICTIONS = {
     "a function that is none": (["reward.function=nope"], ["reward.function='nope'", "package.module:name", "http(s)"]),
     "a loss that is none": (
         ["algorithm.loss=my_losses"],
-        ["algorithm.loss='my_losses'", "package.module:name", "LossFn"],
+        ["algorithm.loss='my_losses'", "dapo, cispo, dr_grpo, gspo", "package.module:name", "LossFn"],
     ),
     "a term that is none": (
         ["reward.extra.style.function=a/b.py:f"],
@@ -215,6 +215,12 @@ CONTRADICTIONS = {
     "no name": (["name=''"], ["name=''", "must not be empty", "set name="]),
     "no folder": (["output_dir=' '"], ["output_dir=' '", "must not be empty", "leave it out"]),
     "top p": (["rollout.top_p=0.9"], ["rollout.top_p=0.9", "set 1.0 and -1", "algorithm.importance_cap"]),
+    "loss without its constant": (
+        ["algorithm.loss=dr_grpo"],
+        ["algorithm.loss_length=0", "rollout.max_response_length"],
+    ),
+    "weights of tokens": (["algorithm=gspo", "algorithm.importance_cap=2"], ["importance_cap=2.0", "set it to 0"]),
+    "dual clip of none": (["algorithm=cispo", "algorithm.dual_clip=10"], ["dual_clip=10.0", "set it to null"]),
     "top k": (["rollout.top_k=20"], ["top_k=20", "set 1.0 and -1", "algorithm.importance_cap"]),
     "devices": (["rollout.visible_devices=['0','1']"], ["visible_devices has 2", "num_servers=1", "one each"]),
     "evaluation of copies": (

@@ -85,7 +85,7 @@ import json, sys
 from pathlib import Path
 import torch
 from nemo_dapo.config import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig, Precision
-from nemo_dapo.loss import make_loss_fn
+from nemo_dapo.losses.dapo import make_loss_fn
 from nemo_dapo.megatron import parallel
 parallel.initialize(ParallelConfig(timeout_minutes=2.0), seed=1)
 from nemo_dapo.megatron.policy import MegatronPolicy

@@ -59,6 +59,19 @@ def test_a_normaliser_per_micro_batch_is_caught(policy_runs: PolicyRuns, ranks: 
     assert not same_gradient(wrong, whole)
 
 
+@pytest.mark.parametrize("variant", ["gspo", "dr_grpo"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loss_with_another_denominator_has_one_gradient_too(
+    policy_runs: PolicyRuns, ranks: int, variant: str
+) -> None:
+    whole = policy_runs.get(1, "gradients")[f"1 {variant}"]
+    assert not same_gradient(whole["gradient"], policy_runs.get(1, "gradients")["1"]["gradient"])
+    for budget in BUDGETS:
+        other = policy_runs.get(ranks, "gradients")[f"{budget} {variant}"]
+        assert same_gradient(other["gradient"], whole["gradient"])
+        assert other["sums"]["loss"].value == pytest.approx(whole["sums"]["loss"].value, rel=1e-5)
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_a_normaliser_per_rank_is_caught(policy_runs: PolicyRuns, budget: str) -> None:
     whole = policy_runs.get(1, "gradients")["1"]["gradient"]

@@ -19,6 +19,7 @@ from nemo_dapo.config.schema import (
     RunConfig,
 )
 
+LOSSES = ("dapo", "cispo", "dr_grpo", "gspo")  # as in losses/, which must not be imported here
 FUNCTION = re.compile(r"[\w.]+:\w+|https?://.+")
 
 
@@ -113,8 +114,23 @@ def _check_algorithm(a: AlgorithmConfig) -> Iterator[str]:
             f"algorithm.minibatch_size={a.minibatch_size} must divide prompts_per_step * group_size = "
             f"{a.prompts_per_step} * {a.group_size} = {size}"
         )
-    if a.loss and not FUNCTION.fullmatch(a.loss):
-        yield f"algorithm.loss={a.loss!r} must be package.module:name of a function (AlgorithmConfig) -> LossFn"
+    if a.loss not in LOSSES and not FUNCTION.fullmatch(a.loss):
+        yield (
+            f"algorithm.loss={a.loss!r} must be one of {', '.join(LOSSES)}, or package.module:name of a function "
+            "(AlgorithmConfig) -> LossFn"
+        )
+    if a.loss == "dr_grpo" and not a.loss_length:
+        yield (
+            "algorithm.loss=dr_grpo divides by algorithm.loss_length=0: set it to rollout.max_response_length, as "
+            "algorithm=dr_grpo does"
+        )
+    if a.loss == "gspo" and a.importance_cap:
+        yield (
+            f"algorithm.loss=gspo clips whole responses, algorithm.importance_cap={a.importance_cap} weighs single tokens: "
+            "set it to 0"
+        )
+    if a.dual_clip is not None and a.loss in ("cispo", "gspo"):
+        yield f"algorithm.loss={a.loss} has no dual clip, but algorithm.dual_clip={a.dual_clip}: set it to null"
 
 
 def _check_lengths(config: RunConfig, model: dict[str, Any] | None) -> Iterator[str]:

@@ -190,8 +190,10 @@ class AlgorithmConfig:
     prompts_per_step: int = number(512, at_least=1)  # N, the informative groups a step trains on
     group_size: int = number(16, at_least=2, why="Eq. 9 compares the samples of a group")  # G, the samples of a prompt
     minibatch_size: int = number(512, at_least=1)  # sequences an optimizer step
-    # package.module:name of a function (AlgorithmConfig) -> LossFn of your own; empty = the paper's, Eq. 8
-    loss: str = ""
+    # dapo (Eq. 8), cispo, dr_grpo, gspo, or package.module:name of a function (AlgorithmConfig) -> LossFn of your own
+    loss: str = "dapo"
+    loss_length: int = number(0, at_least=0)  # tokens; dr_grpo divides every response by it, whatever its own length
+    overlong_filter: bool = False  # truncated responses enter neither the loss nor the tokens that divide it
     clip_low: float = number(0.2, above=0, at_most=1)  # the ratio is clipped below at 1 - clip_low
     clip_high: float = number(0.28, above=0)  # the ratio is clipped above at 1 + clip_high
     # bound on the ratio where the advantage is negative; null = none

@@ -277,7 +277,8 @@ class MegatronPolicy:
     ) -> tuple[float, dict[str, Metric]]:
         """Forward and backward over all micro-batches: the reduced gradient is left in the optimizer's buffers.
 
-        Returns its norm and the metrics; the gradient is that of (sum of the loss over tokens) / (number of tokens).
+        Returns its norm and the metrics; the gradient is that of (sum of the loss over tokens) / (number of tokens), or
+        / (sum of the loss function's `denominator`).
         """
         self.bad_tokens.clear()
 
@@ -286,7 +287,8 @@ class MegatronPolicy:
             finite = logprobs.detach().isfinite() & micro.advantages.isfinite()
             self.bad_tokens.append((micro.sequence, micro.mask & ~finite))
             loss, sums = loss_fn(logprobs, entropy, micro)
-            return loss, micro.mask.sum().int(), {"loss": loss.detach()} | sums
+            sums = {"loss": loss.detach(), "denominator": micro.mask.sum()} | sums
+            return loss, sums["denominator"].int(), sums
 
         def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
             out, micro = self._forward(iterator, chunk)
@@ -299,18 +301,19 @@ class MegatronPolicy:
         return grad_norm, self._token_means(batch, loss_fn, per_microbatch)
 
     def _token_means(self, batch: TrainBatch, loss_fn: LossFn, sums: list[dict[str, Tensor]]) -> dict[str, Metric]:
-        """Sums over all ranks' micro-batches, over the response tokens of the whole batch."""
+        """All ranks' sums over the response tokens of the whole batch; the loss over its own denominator."""
         # Ranks of other pipeline stages computed no loss: an empty micro-batch tells them its metrics' names.
         anything = torch.zeros(batch.tokens.numel())
         empty = pack(batch, [], old_logprobs=anything, ref_logprobs=anything)
         nothing = torch.zeros(empty.tokens.numel())
-        names = sorted({"loss", *loss_fn(nothing, nothing, empty)[1]})
+        names = sorted({"loss", "denominator", *loss_fn(nothing, nothing, empty)[1]})
         totals = torch.zeros(len(names), dtype=torch.float64)
         if self._reports():
             for row in sums:
                 totals += torch.tensor([float(row[name]) for name in names], dtype=torch.float64)
-        tokens = batch.num_response_tokens
-        return {name: Mean(total, tokens) for name, total in zip(names, _all_reduce(totals).tolist(), strict=True)}
+        everywhere = dict(zip(names, _all_reduce(totals).tolist(), strict=True))
+        denominator, tokens = everywhere.pop("denominator"), batch.num_response_tokens
+        return {name: Mean(total, denominator if name == "loss" else tokens) for name, total in everywhere.items()}
 
     def _zero_gradients(self) -> None:
         for chunk in self.model:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nemo_dapo.batching import MicroBatch, pack
 from nemo_dapo.config import AlgorithmConfig, KLEstimator
-from nemo_dapo.loss import load_loss_fn, make_loss_fn
+from nemo_dapo.losses import load_loss_fn
+from nemo_dapo.losses.dapo import make_loss_fn
 from nemo_dapo.types import TrainBatch
 
 

@@ -1,0 +1,64 @@
+"""What the losses share: the old policy, importance weights, the KL term, the entropy bonus, each response's length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nemo_dapo import algorithm
+from nemo_dapo.batching import MicroBatch
+from nemo_dapo.config import AlgorithmConfig
+
+
+def old_policy(logprobs: Tensor, micro: MicroBatch) -> Tensor:
+    """Log-probabilities under theta_old; on the first update of a step that is theta: the ratio is 1 and only its
+    gradient matters."""
+    return logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
+
+
+def weighted_advantages(config: AlgorithmConfig, old_logprobs: Tensor, micro: MicroBatch) -> Tensor:
+    """[T] advantages, times the truncated importance weights where `importance_cap` asks for them."""
+    if not config.importance_cap:
+        return micro.advantages
+    return micro.advantages * algorithm.importance_weights(
+        old_logprobs, micro.rollout_logprobs, micro.mask, cap=config.importance_cap
+    )
+
+
+def with_penalties(
+    config: AlgorithmConfig,
+    loss: Tensor,
+    sums: dict[str, Tensor],
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    micro: MicroBatch,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`loss` plus, where their coefficients are not 0, the KL term and the entropy bonus; their sums beside the others.
+
+    `weights` [T] is what a token counts for in the loss (None: 1), and so in both terms; metrics count tokens alike.
+    """
+    assert entropy is not None
+    mask, weight = micro.mask, 1.0 if weights is None else weights
+    entropy = torch.where(mask, entropy, 0.0)
+    sums["entropy"] = entropy.detach().sum()
+    sums["gap"] = algorithm.logprob_gap(old_policy(logprobs, micro), micro.rollout_logprobs, mask)["gap"]
+    if config.entropy_coeff:
+        loss = loss - config.entropy_coeff * (weight * entropy).sum()
+    if config.kl_coeff:
+        assert micro.ref_logprobs is not None
+        kl = algorithm.kl_penalty(
+            torch.where(mask, logprobs, 0.0),
+            torch.where(mask, micro.ref_logprobs, 0.0),
+            estimator=config.kl_estimator.value,
+        )
+        sums["kl"] = kl.detach().sum()
+        loss = loss + config.kl_coeff * (weight * kl).sum()
+    return loss, sums
+
+
+def segments(micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Which sequence of the pack each token belongs to, [T] int64, and each one's number of response tokens, [S] int64."""
+    segment = (micro.positions == 0).cumsum(0) - 1
+    counts = torch.zeros(micro.cu_seqlens.numel() - 1, dtype=torch.int64, device=segment.device)
+    return segment, counts.index_add(0, segment, micro.mask.long())
