@@ -48,6 +48,9 @@ class ScriptedEngine:
 
     def wake_up(self) -> None: ...
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None: ...
 
 

@@ -110,7 +110,7 @@ class Controller:
         metrics["rollout/reward"] = float(rewards.mean()) if rewards.numel() else 0.0
         metrics["rollout/tokens_per_second"] = collected.generated_tokens / max(collected.seconds, 1e-9)
         metrics["rollout/prompts_consumed"] = float(self.sampler.counters["groups_judged"])
-        return metrics
+        return metrics | self.engine.metrics()
 
     def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
         return group_advantages(rewards, normalize_std=self.config.algorithm.normalize_std)

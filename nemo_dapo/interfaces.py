@@ -88,6 +88,10 @@ class RolloutEngine(Protocol):
 
     def wake_up(self) -> None: ...
 
+    def metrics(self) -> dict[str, float]:
+        """What is worth recording of the time since the last call, by full name."""
+        ...
+
 
 class Rewarder(Protocol):
     """Scores the samples of one prompt; an error of the verifier is a Verdict with `error`, never an exception."""

@@ -54,6 +54,9 @@ class Engine:
 
     def wake_up(self) -> None: ...
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RewardPool]:

@@ -52,6 +52,11 @@ class OnFailedSave(Enum):
     go_on = "go_on"
 
 
+class PartialAnswers(Enum):
+    keep = "keep"
+    discard = "discard"
+
+
 @dataclass
 class ModelConfig:
     path: str = MISSING  # a Hugging Face directory: config.json, *.safetensors, tokenizer
@@ -101,7 +106,10 @@ class RolloutConfig:
     top_k: int = number(-1, at_least=1, also=(-1, 0))  # keep only the k likeliest tokens; -1 or 0 = all
     max_prompt_length: int = number(2048, at_least=1)  # tokens; longer prompts are dropped and counted
     max_response_length: int = number(20480, at_least=1)  # tokens; longer responses are cut
-    max_concurrent_sequences: int = number(1024, at_least=1)  # in flight on one server
+    max_concurrent_sequences: int = number(1024, at_least=1)  # in flight on one server, at most
+    # a server gets more sequences while a smaller share of its key-value cache is in use; on preemption it gets fewer
+    kv_cache_target: float = number(0.85, above=0, at_most=1)
+    partial_answers: PartialAnswers = PartialAnswers.keep  # of a server that died: gone on with elsewhere, or discarded
     start_timeout: float = number(900.0, above=0, at_most=A_YEAR)  # seconds until a server must be healthy
     request_timeout: float = number(3600.0, above=0, at_most=A_YEAR)  # seconds for one sample
     # seconds in which nothing comes of a server's open requests, after which it is restarted

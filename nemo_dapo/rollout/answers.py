@@ -54,6 +54,14 @@ def check(answer: Answer, expected: Expected, newest_version: int) -> None:
         raise UnusableAnswerError(f"sample of prompt {expected.uid}: {problem}")
 
 
+def can_go_on(answer: Answer, expected: Expected) -> bool:
+    """Whether `answer`, cut off by whatever happened, can be the beginning of a longer sample of `expected`."""
+    ids = answer.token_ids
+    if not 0 < len(ids) < expected.max_tokens or np.isin(ids, list(expected.stop_token_ids)).any():
+        return False
+    return not (_wrong_tokens(answer, expected) or _wrong_logprobs(answer))
+
+
 def _problem(answer: Answer, expected: Expected, newest_version: int) -> str | None:
     size = len(answer.token_ids)
     if len(answer.logprobs) != size:

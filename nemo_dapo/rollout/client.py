@@ -36,6 +36,8 @@ FILES_BESIDE_CONNECTIONS = 512  # of a trainer rank with its workers, libraries 
 REQUEST_HEADERS = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 REFUSALS = (400, 413, 422)  # what a server says of a request that is wrong whoever serves it; the rest is about itself
 
+OnFrame = Callable[[wire.Ids, wire.Logprobs], None]
+
 
 class ServerUnavailableError(ConnectionError):
     """The server did not answer, or answered that it cannot serve: worth another attempt, here or elsewhere."""
@@ -121,11 +123,11 @@ async def sample(
     server: Server,
     body: bytes,
     expected: Expected,
-    on_progress: Callable[[], None],
+    on_frame: OnFrame,
 ) -> Answer:
     """Send one request and read its answer, which may still be wrong (`answers.check`).
 
-    `on_progress` is called for each piece of the answer that is worth something. Raises ServerUnavailableError when the
+    `on_frame` is called with what each frame but the last brings. Raises ServerUnavailableError when the
     server is gone or busy, RefusedRequestError when it refuses the request, UnusableAnswerError for what is no answer.
     """
     route = wire.ROUTE if server.has_frames else JSON_ROUTE
@@ -133,7 +135,7 @@ async def sample(
         async with http.post(server.url + route, data=body, headers=REQUEST_HEADERS) as response:
             await _check_status(response, expected.uid)
             if server.has_frames:
-                return await _read_frames(response, server, expected, on_progress)
+                return await _read_frames(response, server, expected, on_frame)
             limit = MAX_REFUSAL_BYTES + JSON_BYTES_PER_TOKEN * expected.max_tokens
             raw = await _read(response, limit)
     except (aiohttp.ClientError, asyncio.TimeoutError) as problem:
@@ -162,7 +164,7 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
 
 
 async def _read_frames(
-    response: aiohttp.ClientResponse, server: Server, expected: Expected, on_progress: Callable[[], None]
+    response: aiohttp.ClientResponse, server: Server, expected: Expected, on_frame: OnFrame
 ) -> Answer:
     reader = wire.FrameReader(expected.max_tokens)
     ids: list[wire.Ids] = []  # arrays alone: the garbage collector would visit each frame of thousands of open answers
@@ -170,12 +172,11 @@ async def _read_frames(
     last: wire.Frame | None = None
     try:
         async for piece in response.content.iter_any():
-            before = len(ids)
             for last in reader.feed(piece):
                 ids.append(last.token_ids)
                 logprobs.append(last.logprobs)
-            if len(ids) > before:
-                on_progress()
+                if last.kind == wire.TOKENS:
+                    on_frame(last.token_ids, last.logprobs)
         reader.close()
     except wire.WireError as error:
         raise UnusableAnswerError(f"sample of prompt {expected.uid}: {error}") from error
@@ -203,6 +204,8 @@ def _read_end(last: wire.Frame, uid: str) -> tuple[str, tuple[VersionSpan, ...]]
         raise ServerUnavailableError(said)
     try:
         final = last.final
+        if final["total"] != last.first + len(last.token_ids):
+            raise ValueError(f"it says {final['total']!r:.40} tokens and sent {last.first + len(last.token_ids)}")
         return str(final["finish_reason"]), tuple(
             VersionSpan(*(int(edge) for edge in span)) for span in final["versions"]
         )

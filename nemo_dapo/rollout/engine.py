@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
-import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -25,13 +26,15 @@ import aiohttp
 import httpx
 from torch import Tensor
 
-from nemo_dapo.config import Precision, RolloutConfig
+from nemo_dapo.config import PartialAnswers, Precision, RolloutConfig
 from nemo_dapo.hf_folder import expected_weights
-from nemo_dapo.rollout import answers, client, control, weight_sync, wire
+from nemo_dapo.rollout import admission, answers, client, control, weight_sync, wire
+from nemo_dapo.rollout.admission import Reading
 from nemo_dapo.rollout.answers import UnusableAnswerError
 from nemo_dapo.rollout.client import ServerUnavailableError
 from nemo_dapo.rollout.fleet import Fleet, HopelessError, LostServerError, Member
 from nemo_dapo.rollout.loop import LoopThread
+from nemo_dapo.rollout.progress import Counts, Progress
 from nemo_dapo.rollout.servers import ServersClosedError, VLLMServers
 from nemo_dapo.tasks import all_or_none
 from nemo_dapo.types import Prompt, Sample, SamplingParams
@@ -51,6 +54,16 @@ STARTING, ASLEEP = "start", "sleep"  # why servers may be silent or gone for a w
 BYTES_PER_ELEMENT = {Precision.bf16: 2, Precision.fp32: 4}
 
 ServerCall = Callable[[httpx.AsyncClient, float], Awaitable[Any]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for; `body` is the request for one whole sample of it."""
+
+    prompt: Prompt
+    params: SamplingParams
+    priority: int | None
+    body: bytes
 
 
 class LateError(Exception):
@@ -81,6 +94,8 @@ class VLLMEngine:
             config.vllm.get("max_model_len") or config.max_prompt_length + config.max_response_length
         )
         self.restarts = 0
+        self._partial = Counts()
+        self._told: dict[str, int] = {}  # of the totals, what `metrics` has told
         self._version = INITIAL_VERSION
         self._asleep = False
         self._files: list[Path] | None = []  # of the newest weights; none before the first update, None if it failed
@@ -102,11 +117,12 @@ class VLLMEngine:
         fleet = Fleet(
             len(self.servers),
             self.config.max_concurrent_sequences,
+            cache_target=self.config.kv_cache_target,
             ended=lambda index: None if self.servers.alive(index) else self.servers.describe_exit(index),
             restart=self._restart,
             describe=self.servers.describe,
         )
-        watching = fleet.watch(self._tokens_generated, self.config.progress_timeout, self._paused)
+        watching = fleet.watch(self._look, self.config.progress_timeout, self._paused)
         self._watch = asyncio.ensure_future(watching)
         return fleet, client.session(self.servers.headers)
 
@@ -187,28 +203,30 @@ class VLLMEngine:
             )
         # Earlier groups first: a server short of memory preempts the newest.
         priority = next(self._submissions) if self._by_priority else None
-        body = client.request_body(prompt, params, self.stop_token_ids, priority)
-        return await asyncio.wrap_future(self._loop.submit(self._group(prompt, n, body, params.max_tokens)))
+        asked = Asked(prompt, params, priority, client.request_body(prompt, params, self.stop_token_ids, priority))
+        return await asyncio.wrap_future(self._loop.submit(self._group(asked, n)))
 
-    async def _group(self, prompt: Prompt, n: int, body: bytes, max_tokens: int) -> list[Sample]:
+    async def _group(self, asked: Asked, n: int) -> list[Sample]:
         await self._turn()
         member = await self._fleet.take(n)
-        return await all_or_none([self._sample(prompt, body, max_tokens, member) for _ in range(n)])
+        return await all_or_none([self._sample(asked, member) for _ in range(n)])
 
-    async def _sample(self, prompt: Prompt, body: bytes, max_tokens: int, member: Member) -> Sample:
+    async def _sample(self, asked: Asked, member: Member) -> Sample:
         """One sample, by as many tries as it takes within their bounds; one place on `member` is already taken."""
+        prompt, progress = asked.prompt, self._no_progress(asked)
         tries = late = lost = 0
         for backoff in _backoffs():
             life = member.life
             try:
                 life = await self._fleet.ready(member)
-                answer = await self._try(prompt, body, max_tokens, member)
+                answer = await self._try(asked, progress, member)
                 self._fleet.served(member)
                 return Sample(answer.token_ids, answer.logprobs, answer.finish_reason, answer.versions)
             except (ServerUnavailableError, LostServerError, UnusableAnswerError, LateError) as problem:
                 fault = f"{self.servers.describe(member.index)}: {problem}"
                 tries, late = tries + isinstance(problem, UnusableAnswerError), late + isinstance(problem, LateError)
                 is_late = isinstance(problem, LateError)
+                progress.fail(self._version, is_trusted=not isinstance(problem, UnusableAnswerError))
             finally:
                 self._fleet.give(member)
             if late > MAX_LATE:
@@ -227,33 +245,37 @@ class VLLMEngine:
             member = await self._fleet.take(1)
         raise AssertionError("backoffs never end")
 
-    async def _try(self, prompt: Prompt, body: bytes, max_tokens: int, member: Member) -> answers.Answer:
+    def _no_progress(self, asked: Asked) -> Progress:
+        stops = frozenset(self.stop_token_ids)
+        expected = answers.Expected(asked.prompt.uid, asked.params.max_tokens, stops, self.vocab_size)
+        return Progress(expected, self.config.partial_answers is PartialAnswers.keep, self._partial)
+
+    async def _try(self, asked: Asked, progress: Progress, member: Member) -> answers.Answer:
         """One request to one server, until it answers, is lost, or `rollout.request_timeout` has passed."""
         await self._turn()
-        life, limit = member.life, self.config.request_timeout
-        expected = answers.Expected(
-            prompt.uid,
-            max_tokens,
-            frozenset(self.stop_token_ids),
-            self.vocab_size,
-            oldest_version=self._version,
-        )
-        asked = self._asked[member.index]
-        request = asyncio.ensure_future(
-            client.sample(self._http, asked, body, expected, lambda: self._fleet.progressed(member))
-        )
+        life, limit, uid = member.life, self.config.request_timeout, asked.prompt.uid
+        kept = progress.begin(self._version, is_updating=bool(self._paused))
+        expected = dataclasses.replace(progress.expected, oldest_version=self._version)
+        rest = dataclasses.replace(expected, max_tokens=expected.max_tokens - len(kept))
+        body = asked.body if not len(kept) else self._body_from(asked, kept)
+
+        def on_frame(token_ids: wire.Ids, logprobs: wire.Logprobs) -> None:
+            progress.add(token_ids, logprobs)
+            self._fleet.progressed(member)
+
+        request = asyncio.ensure_future(client.sample(self._http, self._asked[member.index], body, rest, on_frame))
         try:
             either: set[asyncio.Future[Any]] = {request, life.lost}
             await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             if request.done():
-                answer = request.result()
+                answer = progress.join(request.result())
                 answers.check(answer, expected, self._version)
                 if answer.finish_reason == "abort":
-                    raise UnusableAnswerError(f"sample of prompt {prompt.uid} was aborted by the server")
+                    raise UnusableAnswerError(f"sample of prompt {uid} was aborted by the server")
                 return answer
             if life.lost.done():
                 raise LostServerError(life.lost.result())
-            raise LateError(f"no sample of prompt {prompt.uid} within rollout.request_timeout={limit:.0f} s")
+            raise LateError(f"no sample of prompt {uid} within rollout.request_timeout={limit:.0f} s")
         finally:
             request.cancel()
             await asyncio.wait({request})
@@ -265,6 +287,12 @@ class VLLMEngine:
         async with self._starting:
             await asyncio.sleep(0)
 
+    def _body_from(self, asked: Asked, kept: wire.Ids) -> bytes:
+        """The request for what follows the tokens `kept`: they are part of its prompt."""
+        prompt = dataclasses.replace(asked.prompt, token_ids=(*asked.prompt.token_ids, *kept.tolist()))
+        params = dataclasses.replace(asked.params, max_tokens=asked.params.max_tokens - len(kept))
+        return client.request_body(prompt, params, self.stop_token_ids, asked.priority)
+
     # ---------------------------------------------------------------- servers
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -273,14 +301,14 @@ class VLLMEngine:
         Raises ValueError, before a server is touched, unless every parameter of the model comes exactly once;
         RuntimeError when no server takes them.
         """
-        with self._weights:
-            self._files = None  # those of the old version are about to go
-            self._files = self.store.write(weights, version)
-            self._version = version
-            # A restart that is under way ends with these weights: nobody waits for it.
-            updated = [m for m in self._fleet.members if not m.is_down or self._has_newest[m.index]]
-        unwell, self._unwell = self._unwell, {}
         with self._pause("weight update"):
+            with self._weights:
+                self._files = None  # those of the old version are about to go
+                self._files = self.store.write(weights, version)
+                self._version = version
+                # A restart that is under way ends with these weights: nobody waits for it.
+                updated = [m for m in self._fleet.members if not m.is_down or self._has_newest[m.index]]
+            unwell, self._unwell = self._unwell, {}
             self._run(all_or_none([self._update(member, unwell.get(member.index)) for member in updated]))
 
     async def _update(self, member: Member, fault: str | None) -> None:
@@ -385,16 +413,31 @@ class VLLMEngine:
                 index,
             )
         self._asked[index] = client.Server(url, has_frames, reports)
+        self._fleet.members[index].admission.begin(await self._look(index) or Reading())
 
-    async def _tokens_generated(self, index: int) -> float | None:
-        """The server's count of tokens, prompt and response, so far; None where it does not say."""
+    async def _look(self, index: int) -> Reading | None:
+        """What the server's /metrics say; None where it does not answer."""
         try:
             async with control.client(self._asked[index].url) as http:
                 reply = await control.ask(http, "GET", "/metrics", time.monotonic() + METRICS_SECONDS)
         except (TimeoutError, ConnectionError, httpx.HTTPError, RuntimeError):
             return None
-        found = re.findall(r"^vllm:(?:generation|prompt)_tokens_total{.*} (\S+)$", reply.text, re.MULTILINE)
-        return sum(map(float, found)) if found else None
+        return admission.read(reply.text)
+
+    def metrics(self) -> dict[str, float]:
+        """What happened at the servers since the last call, to be recorded with the step; see docs/troubleshooting.md."""
+        return self._run(self._take_metrics())
+
+    async def _take_metrics(self) -> dict[str, float]:
+        seen, serving = self._fleet.take_seen(), [m for m in self._fleet.members if not m.given_up]
+        totals = {"restarts": self.restarts} | vars(self._partial)
+        record = {f"server/{name}": float(total - self._told.get(name, 0)) for name, total in totals.items()}
+        self._told = totals
+        record["server/given_up"] = float(len(self._fleet.members) - len(serving))
+        record["server/limit"] = float(sum(member.admission.limit for member in serving))
+        if seen.cache_use is None:
+            return record
+        return record | {f"server/{name}": value for name, value in vars(seen).items()}
 
     @contextlib.contextmanager
     def _pause(self, reason: str) -> Any:

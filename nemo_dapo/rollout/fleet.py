@@ -17,12 +17,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_dapo.rollout.admission import Admission, Reading, Seen
+
 log = logging.getLogger(__name__)
 
 MAX_FAULTS = 3  # of one server in a row, without a sample in between
 FAULT_SECONDS = 1.0  # what fails within them fails of one cause, and counts once
 MAX_RESTARTS = 3  # of one server in a row, without a sample in between
-LOOK_SECONDS = 5.0  # between two looks at a server with open requests
+LOOK_SECONDS = 1.0  # between two looks at a server with open requests
 
 
 class SickError(RuntimeError):
@@ -53,15 +55,20 @@ class Member:
 
     index: int
     life: Life
+    admission: Admission
     load: int = 0
+    finished: int = 0  # good samples so far
     restarts: int = 0
     is_down: bool = False
     given_up: str = ""  # why
     repair: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    def has_room(self, n: int) -> bool:
+        return self.load == 0 or self.load + n <= self.admission.limit
+
 
 class Fleet:
-    """Admits samples to servers within `limit` each, and has sick servers restarted.
+    """Admits samples to servers within the limit of each (`admission`), and has sick servers restarted.
 
     `restart(index)` blocks until the server serves the newest weights again, and raises when it does not; `ended(index)`
     says how its process ended, None while it lives; `describe(index)` names it and its log.
@@ -70,16 +77,16 @@ class Fleet:
     def __init__(
         self,
         size: int,
-        limit: int,
+        ceiling: int,
         *,
+        cache_target: float = 1.0,
         ended: Callable[[int], str | None],
         restart: Callable[[int, str], None],
         describe: Callable[[int], str],
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.limit = limit
         self.ended, self.restart, self.describe = ended, restart, describe
-        self.members = [Member(index, self._new_life()) for index in range(size)]
+        self.members = [Member(i, self._new_life(), Admission(ceiling, cache_target)) for i in range(size)]
         self.waiters: list[asyncio.Future[None]] = []
         self.repairs: set[asyncio.Task[None]] = set()
 
@@ -113,12 +120,12 @@ class Fleet:
         self._wake()
 
     def _pick(self, n: int) -> Member | None:
-        serving = [m for m in self.members if not m.given_up and (m.load == 0 or m.load + n <= self.limit)]
+        serving = [m for m in self.members if not m.given_up and m.has_room(n)]
         up = [m for m in serving if not m.is_down]
         # A server that is being restarted gets requests only where it is the only one: they wait for it.
         if not up and any(not m.is_down and not m.given_up for m in self.members):
             return None
-        return min(up or serving, key=lambda m: (m.life.faults, m.load), default=None)
+        return min(up or serving, key=lambda m: (m.life.faults, m.admission.pressure(m.load), m.load), default=None)
 
     def _wake(self) -> None:
         for waiter in self.waiters:
@@ -142,6 +149,7 @@ class Fleet:
     def served(self, member: Member) -> None:
         """A good answer: whatever the server failed at before is forgiven."""
         member.life.faults = member.restarts = 0
+        member.finished += 1
         self.progressed(member)
 
     def progressed(self, member: Member) -> None:
@@ -208,31 +216,52 @@ class Fleet:
         log.error("%s; it is given up, the run goes on with %d other(s)", member.given_up, left)
 
     async def watch(
-        self, counters: Callable[[int], Awaitable[float | None]], timeout: float, paused: Sequence[str]
+        self, read: Callable[[int], Awaitable[Reading | None]], timeout: float, paused: Sequence[str]
     ) -> None:
-        """For ever: restart a server that ended, or has open requests while its `counters(index)`, of tokens, stand still.
+        """For ever, look at each server with `read(index)`: what it says sets how much it is sent, and one that ended, or
+        has open requests while its count of tokens stands still, is restarted.
 
         Nothing is held against a server while `paused` is not empty: an update stops generation, and while servers sleep
         there is no room for a new one.
         """
-        await asyncio.gather(*(self._watch(member, counters, timeout, paused) for member in self.members))
+        await asyncio.gather(*(self._watch(member, read, timeout, paused) for member in self.members))
 
     async def _watch(
-        self, member: Member, counters: Callable[[int], Awaitable[float | None]], timeout: float, paused: Sequence[str]
+        self, member: Member, read: Callable[[int], Awaitable[Reading | None]], timeout: float, paused: Sequence[str]
     ) -> None:
         seen: float | None = None
+        looked, finished = time.monotonic(), member.finished
         while True:
             await asyncio.sleep(min(LOOK_SECONDS, timeout / 4))
             life = member.life
             if paused or member.is_down or member.given_up:
                 self.progressed(member)
+                looked, finished = time.monotonic(), member.finished
                 continue
-            if member.load and (count := await counters(member.index)) is not None and count != seen:
-                seen = count
-                self.progressed(member)
+            if not member.load:
+                member.admission.rest()
+            elif (reading := await read(member.index)) is not None and member.life is life:
+                if reading.tokens is not None and reading.tokens != seen:
+                    seen = reading.tokens
+                    self.progressed(member)
+                self._admit(member, reading, member.finished - finished, time.monotonic() - looked)
+            looked, finished = time.monotonic(), member.finished
             silence = time.monotonic() - life.progress_at
             hangs = bool(member.load) and silence > timeout and member.life is life and not paused
             fault = f"no token of its {member.load} open samples for {silence:.0f} s (rollout.progress_timeout)"
             if hangs or self.ended(member.index):
                 with contextlib.suppress(SickError):  # its requests, or those to come, say so
                     await self.attend(member, life, fault, is_fatal=hangs)
+
+    def _admit(self, member: Member, reading: Reading, finished: int, seconds: float) -> None:
+        member.admission.observe(
+            reading, load=member.load, finished=finished, seconds=seconds, is_wanted=bool(self.waiters)
+        )
+        self._wake()
+
+    def take_seen(self) -> Seen:
+        """What the looks at all servers have shown since the last call."""
+        seen = Seen()
+        for member in self.members:
+            seen = seen.joined(member.admission.take_seen())
+        return seen

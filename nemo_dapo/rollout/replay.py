@@ -70,6 +70,10 @@ class ReplayEngine:
     def wake_up(self) -> None:
         """Nor one to wake."""
 
+    def metrics(self) -> dict[str, float]:
+        """Nothing happens at servers that are not there."""
+        return {}
+
     def close(self) -> None:
         """Nor one to end."""
 

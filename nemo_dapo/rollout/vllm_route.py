@@ -62,7 +62,7 @@ def read_request(body: Mapping[str, Any], model: Any) -> tuple[TokensPrompt, Sam
     # Where vLLM cannot gather tokens, a piece a token would cost its event loop more than the JSON: one piece at the end.
     params.output_kind = RequestOutputKind.DELTA if _HAS_INTERVAL else RequestOutputKind.FINAL_ONLY
     if _HAS_INTERVAL:
-        params.stream_interval = wire.TOKENS_PER_FRAME
+        params.stream_interval = min(params.stream_interval or wire.TOKENS_PER_FRAME, wire.TOKENS_PER_FRAME)
     return prompt, params, int(body.get("priority", 0))
 
 
@@ -74,6 +74,8 @@ async def frames(engine: Any, prompt: TokensPrompt, params: SamplingParams, prio
             piece = output.outputs[0]
             ids, logprobs = piece.token_ids, piece.logprobs.logprobs if len(piece.token_ids) else []
             if not output.finished:
+                if not len(ids):
+                    continue
                 yield wire.encode(wire.TOKENS, number, first, ids, logprobs)
             else:
                 spans = [(int(span.version), span.start, span.end) for span in piece.weight_versions or ()]

@@ -166,6 +166,10 @@ class FrameReader:
             raise WireError(f"frame {self._numbers}: damaged header {raw[:16]!r}")
         if header.kind not in (TOKENS, FINAL, FAILED):
             raise WireError(f"frame {header.number}: unknown kind {header.kind}")
+        if header.kind == TOKENS and (header.extra or not header.tokens):  # else it could go on for ever
+            raise WireError(
+                f"frame {header.number}: {header.tokens} tokens and {header.extra} more bytes; expected tokens"
+            )
         if (header.number, header.first) != (self._numbers, self._tokens):
             raise WireError(
                 f"frame {header.number} from token {header.first} on; expected frame {self._numbers} from token "
