@@ -78,6 +78,21 @@ def close_in_the_middle(handler: Handler) -> None:
     handler.close_connection = True
 
 
+def begin(*frames: bytes, then: Act) -> Act:
+    """Send `frames`, wait until the test has seen to it that they were read, then do what is worse."""
+
+    def act(handler: Handler) -> None:
+        say(handler, b"".join(frames), claimed=1 << 20)
+        handler.server.go_on.wait(20)
+        then(handler)
+
+    return act
+
+
+def close(handler: Handler) -> None:
+    handler.close_connection = True
+
+
 def answer(body: bytes, status: int = 200, **headers: str) -> Act:
     return lambda handler: say(handler, body, status, **headers)
 
@@ -127,7 +142,7 @@ class StandIn(ThreadingHTTPServer):
         self.metrics, self.version, self.has_frames = "", "0", True
         self.calls: list[str] = []
         self.sick_calls: dict[str, list[Act]] = {}  # what control routes do instead of working, an entry a call
-        self.closing, self.dropped = threading.Event(), threading.Event()
+        self.closing, self.dropped, self.go_on = threading.Event(), threading.Event(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self.thread.start()

@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_dapo.config import RolloutConfig
+from nemo_dapo.config import PartialAnswers, RolloutConfig
 from nemo_dapo.hf_folder import ExpectedWeights
 from nemo_dapo.rollout import client, wire
 from nemo_dapo.rollout import engine as engine_module
+from nemo_dapo.rollout import fleet as fleet_module
 from nemo_dapo.rollout.engine import MAX_LATE, MAX_LOST, MAX_TRIES, VLLMEngine
 from nemo_dapo.rollout.fleet import MAX_RESTARTS, Fleet
+from nemo_dapo.rollout.progress import Progress
 from nemo_dapo.rollout.weight_sync import WeightStore
 from nemo_dapo.sampling import GroupSampler
-from nemo_dapo.types import Prompt, Sample, SamplingParams, Verdict
+from nemo_dapo.types import Prompt, Sample, SamplingParams, Verdict, VersionSpan
 from tests import stand_in_server as stand
 from tests.stand_in_server import StandIn, StandInServers, wait_for
 
@@ -203,6 +205,23 @@ SICK: dict[str, stand.Act] = {
     "names no weight version": stand.answer(
         wire.encode_final(0, 0, [2, 1], [-1.0, -1.0], finish_reason="stop", versions=[])
     ),
+    "lies about the count with a right checksum": stand.answer(
+        wire.encode(
+            wire.FINAL, 0, 0, [2, 1], [-1.0, -1.0], b'{"finish_reason": "stop", "versions": [[0, 0, 2]], "total": 9}'
+        )
+    ),
+    "skips tokens": stand.answer(wire.encode(wire.TOKENS, 0, 1, [2], [-1.0]) + GOOD),
+    "skips a frame": stand.answer(wire.encode(wire.TOKENS, 1, 0, [2], [-1.0]) + GOOD),
+    "sends frames without tokens for ever": stand.answer(
+        b"".join(wire.encode(wire.TOKENS, i, 0, [], []) for i in range(50))
+    ),
+    "says that it was cut though it was not": stand.answer(stand.frames(reason="length")),
+    "names a negative token": stand.answer(stand.frames([2, -1, 1])),
+    "stops at a token that ends nothing": stand.answer(stand.frames([2, 3, 4])),
+    "begins well and ends with garbage": stand.answer(wire.encode(wire.TOKENS, 0, 0, [2], [-1.0]) + b"<html>" * 9),
+    "begins outside the vocabulary and dies": stand.begin(
+        wire.encode(wire.TOKENS, 0, 0, [VOCABULARY], [-1.0]), then=stand.close
+    ),
     "has no spans at all": stand.answer(
         wire.encode(wire.FINAL, 0, 0, [2, 1], [-1.0, -1.0], b'{"finish_reason": "stop"}')
     ),
@@ -231,6 +250,7 @@ BAD_JSON: dict[str, bytes] = {
 @pytest.mark.parametrize("kind", SICK)
 def test_a_sick_server_beside_a_healthy_one_costs_no_sample(kind, start, engine_over, caplog):
     sick, healthy = start(SICK[kind]), start()
+    sick.go_on.set()
     servers = StandInServers(sick.url, healthy.url)
     engine = engine_over(servers, progress_timeout=0.4)
     groups = generate(engine, n=2, groups=6)
@@ -295,6 +315,107 @@ def test_json_that_is_no_answer_beside_a_healthy_server_costs_no_sample(kind, st
     groups = generate(engine, groups=4)
     assert [[spelled(s) for s in group] for group in groups] == [["bc"]] * 4
     assert sick.requests
+
+
+def test_every_damaged_byte_of_an_answer_is_noticed_and_the_sample_asked_for_again(start, engine_over, monkeypatch):
+    """Each byte of an answer of two frames in turn, changed in any way."""
+    monkeypatch.setattr(fleet_module, "MAX_FAULTS", 1 << 30)
+    whole = wire.encode(wire.TOKENS, 0, 0, [2], [-1.0]) + wire.encode_final(
+        1, 1, [3, 1], [-1.5, -0.5], finish_reason="stop", versions=[[0, 0, 3]]
+    )
+    change = np.random.default_rng(0).integers(1, 256, len(whole))
+    damaged = [whole[:i] + bytes([whole[i] ^ int(change[i])]) + whole[i + 1 :] for i in range(len(whole))]
+    server = start(stand.answer(whole), [stand.answer(body) for body in damaged])
+    engine = engine_over(StandInServers(server.url), max_concurrent_sequences=len(damaged))
+    groups = generate(engine, groups=len(damaged))
+    assert {(s.token_ids.tobytes(), s.logprobs.tobytes()) for (s,) in groups} == {
+        (np.int32([2, 3, 1]).tobytes(), np.float32([-1.0, -1.5, -0.5]).tobytes())
+    }
+    assert server.requests == 2 * len(damaged)
+
+
+# -------------------------------------------------------------------- servers that die in the middle
+
+FIRST, SECOND = wire.encode(wire.TOKENS, 0, 0, [2], [-1.0]), wire.encode(wire.TOKENS, 1, 1, [3], [-1.5])
+FAILED = wire.encode_failed(2, 2, "failed: EngineDeadError")
+
+
+def rest(version: int) -> stand.Act:
+    """What follows the tokens 2 and 3."""
+    return stand.answer(stand.frames([4, 1], [-0.25, -0.5], version=version))
+
+
+@pytest.fixture
+def two_frames(monkeypatch) -> threading.Event:
+    """Set once the engine has read two frames of a sample."""
+    arrived, add = threading.Event(), Progress.add
+
+    def noting(self: Progress, token_ids: wire.Ids, logprobs: wire.Logprobs) -> None:
+        add(self, token_ids, logprobs)
+        if self.received == 2:
+            arrived.set()
+
+    monkeypatch.setattr(Progress, "add", noting)
+    return arrived
+
+
+@pytest.mark.parametrize("end", [stand.close, lambda handler: handler.wfile.write(FAILED), stand.hang])
+def test_what_a_dying_server_had_sent_is_gone_on_with_elsewhere_exactly_once(end, start, engine_over, two_frames):
+    server = start(rest(0), [stand.begin(FIRST, SECOND, then=end)])
+    server.go_on = two_frames
+    engine = engine_over(StandInServers(server.url), progress_timeout=0.4)
+    ((one,),) = generate(engine)
+    assert one.token_ids.tolist() == [2, 3, 4, 1]
+    assert one.logprobs.tolist() == [-1.0, -1.5, -0.25, -0.5]
+    assert one.versions == (VersionSpan(0, 0, 4),)
+    whole, further = server.bodies
+    assert (further["token_ids"], further["sampling_params"]["max_tokens"]) == ([*PROMPT.token_ids, 2, 3], 2)
+    assert whole == further | {
+        "token_ids": list(PROMPT.token_ids),
+        "sampling_params": further["sampling_params"] | {"max_tokens": 4},
+    }
+    metrics = engine.metrics()
+    assert (metrics["server/tokens_gone_on_with"], metrics["server/tokens_thrown_away"]) == (2, 0)
+    assert engine.metrics()["server/tokens_gone_on_with"] == 0
+
+
+@pytest.mark.parametrize(
+    "end", [lambda handler: handler.wfile.write(b"<html>" * 9), lambda handler: handler.wfile.write(SECOND)]
+)
+def test_nothing_is_kept_of_a_server_that_answers_nonsense(end, start, engine_over, two_frames):
+    server = start(stand.good, [stand.begin(FIRST, SECOND, then=end)])
+    server.go_on = two_frames
+    engine = engine_over(StandInServers(server.url))
+    assert spelled(generate(engine)[0][0]) == "bc"
+    assert server.bodies[0] == server.bodies[1]
+    assert engine.metrics()["server/tokens_thrown_away"] == 2
+
+
+def test_with_discard_what_a_dying_server_had_sent_is_thrown_away_and_counted(start, engine_over, two_frames):
+    server = start(stand.good, [stand.begin(FIRST, SECOND, then=stand.close)])
+    server.go_on = two_frames
+    engine = engine_over(StandInServers(server.url), partial_answers=PartialAnswers.discard)
+    assert spelled(generate(engine)[0][0]) == "bc"
+    assert server.bodies[0] == server.bodies[1]
+    metrics = engine.metrics()
+    assert (metrics["server/tokens_gone_on_with"], metrics["server/tokens_thrown_away"]) == (0, 2)
+
+
+def test_tokens_of_older_weights_are_not_gone_on_with(start, engine_over, two_frames):
+    server = start(stand.answer(stand.frames(version=1)), [stand.begin(FIRST, SECOND, then=stand.close)])
+    engine = engine_over(StandInServers(server.url))
+
+    async def scenario() -> list[Sample]:
+        task = asyncio.create_task(engine.generate(PROMPT, 1, PARAMS))
+        assert await asyncio.to_thread(two_frames.wait, 20)
+        await asyncio.to_thread(engine.update_weights, WEIGHTS, 1)
+        server.go_on.set()
+        return await task
+
+    (one,) = asyncio.run(scenario())
+    assert one.versions == (VersionSpan(1, 0, 3),)
+    assert server.bodies[0] == server.bodies[1]
+    assert engine.metrics()["server/tokens_thrown_away"] == 2
 
 
 def test_a_hung_server_that_a_restart_cures_gets_its_requests_back(start, engine_over, caplog):
@@ -610,7 +731,7 @@ def test_the_arrays_of_an_answer_are_the_wire_s_own(start):
         async with client.session({}) as http:
             body = client.request_body(PROMPT, PARAMS, [1])
             expected = client.Expected("p-17", 4, frozenset({1}))
-            return await client.sample(http, client.Server(start().url), body, expected, lambda: None)
+            return await client.sample(http, client.Server(start().url), body, expected, lambda ids, logprobs: None)
 
     answer = asyncio.run(scenario())
     assert answer.token_ids.dtype == np.int32

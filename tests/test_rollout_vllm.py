@@ -6,6 +6,8 @@ Shapes: R response tokens.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
 import os
 import re
 import signal
@@ -23,9 +25,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from nemo_dapo.rollout import wire
+from nemo_dapo.rollout import client, wire
 from nemo_dapo.rollout.engine import VLLMEngine
-from nemo_dapo.types import Prompt, Sample, SamplingParams
+from nemo_dapo.types import Prompt, Sample, SamplingParams, VersionSpan
 from tests.conftest import TINY_VLLM, tiny_engine
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -220,25 +222,87 @@ def engine_process(engine: VLLMEngine) -> psutil.Process:
     return next(p for p in psutil.Process(process.pid).children(recursive=True) if "EngineCore" in p.name())
 
 
-def test_a_killed_server_is_restarted_with_the_newest_weights_and_its_requests_sent_again(vllm_engine, tiny_models):
-    model = hf_model(tiny_models["tied"], change=0.2)
+def test_a_killed_server_is_restarted_with_the_newest_weights_and_goes_on_with_what_it_had_sent(
+    vllm_engine, tiny_models, monkeypatch
+):
+    """At temperature 0, so that the whole must be what an undisturbed server answers; then it is killed."""
+    model, request_body = hf_model(tiny_models["tied"], change=0.2), client.request_body
+
+    def in_small_frames(*args: object) -> bytes:
+        body = json.loads(request_body(*args))
+        body["sampling_params"] |= {"stream_interval": 32, "ignore_eos": True, "stop_token_ids": []}
+        return json.dumps(body).encode()
+
+    monkeypatch.setattr(client, "request_body", in_small_frames)
+    monkeypatch.setattr(vllm_engine, "stop_token_ids", [])
     version = push(vllm_engine, model)
-    restarts = vllm_engine.restarts
+    params = SamplingParams(max_tokens=384, temperature=0.0)  # seconds of work
+    prompts = [dataclasses.replace(PROMPT, token_ids=(20 + i, 21, 22)) for i in range(24)]
 
-    async def scenario() -> list[list[Sample]]:
-        params = SamplingParams(max_tokens=384)  # seconds of work
-        tasks = [asyncio.create_task(vllm_engine.generate(PROMPT, 60, params)) for _ in range(4)]
-        running = lambda: metric(vllm_engine, "num_requests_running") > 0  # noqa: E731
-        assert await asyncio.to_thread(wait_until, running)
-        engine_process(vllm_engine).kill()
-        return await asyncio.gather(*tasks)
+    async def all_of_them(disturb: bool) -> list[Sample]:
+        tasks = [asyncio.create_task(vllm_engine.generate(prompt, 1, params)) for prompt in prompts]
+        if disturb:
+            generated = metric(vllm_engine, "generation_tokens_total")
+            halfway = lambda: metric(vllm_engine, "generation_tokens_total") - generated > 24 * 100  # noqa: E731
+            assert await asyncio.to_thread(wait_until, halfway)
+            engine_process(vllm_engine).kill()
+        return [one for (one,) in await asyncio.gather(*tasks)]
 
-    groups = asyncio.run(scenario())
-    assert vllm_engine.restarts == restarts + 1
-    assert [len(group) for group in groups] == [60] * 4
-    everything = [s for group in groups for s in group]
-    assert {span.version for s in everything for span in s.versions} == {version}
-    assert gap(model, everything) < LOGPROB_TOLERANCE
+    undisturbed = asyncio.run(all_of_them(disturb=False))
+    vllm_engine.metrics()
+    everything = asyncio.run(all_of_them(disturb=True))
+    metrics = vllm_engine.metrics()
+    assert metrics["server/restarts"] == 1
+    assert (
+        metrics["server/tokens_gone_on_with"] >= 24 * 32
+    )  # at least a frame of each, as a hundred tokens of each came
+    assert metrics["server/tokens_thrown_away"] == 0
+    assert [s.token_ids.tolist() for s in everything] == [s.token_ids.tolist() for s in undisturbed]
+    for one, other in zip(everything, undisturbed, strict=True):
+        assert one.versions == (VersionSpan(version, 0, 384),)
+        assert np.abs(one.logprobs - other.logprobs).mean() < LOGPROB_TOLERANCE
+
+
+def test_of_requests_that_wait_the_earlier_group_s_is_served_first_though_it_came_last(vllm_engine):
+    """256 requests fill the server, as many as it runs at once; 8 of a later and then 8 of an earlier group wait."""
+    url, headers = vllm_engine.servers.servers[0].url, vllm_engine.servers.headers
+    ended: list[int] = []
+
+    async def ask(http: httpx.AsyncClient, priority: int, tokens: int) -> None:
+        params = {"max_tokens": tokens, "ignore_eos": True}
+        body = {"token_ids": PROMPT.token_ids, "sampling_params": params, "priority": priority}
+        assert (await http.post(wire.ROUTE, json=body)).status_code == 200
+        ended.append(priority)
+
+    async def scenario() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(
+            base_url=url, headers=headers, timeout=300, trust_env=False, limits=limits
+        ) as http:
+            # Their ends lie apart, so that places come free one by one.
+            tasks = [asyncio.create_task(ask(http, 0, 100 + i)) for i in range(256)]
+            running = lambda: metric(vllm_engine, "num_requests_running") == 256  # noqa: E731
+            assert await asyncio.to_thread(wait_until, running)
+            for priority, waiting in ((9, 8), (5, 16)):
+                tasks += [asyncio.create_task(ask(http, priority, 1)) for _ in range(8)]
+                all_wait = lambda n=waiting: metric(vllm_engine, "num_requests_waiting") == n  # noqa: E731
+                assert await asyncio.to_thread(wait_until, all_wait)
+            await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
+    places = [[at for at, one in enumerate(ended) if one == priority] for priority in (5, 9)]
+    assert sum(places[0]) < sum(places[1])
+
+
+def test_a_server_says_what_admission_reads(vllm_engine):
+    seen = asyncio.run(vllm_engine._look(0))
+    assert None not in vars(seen).values()
+    assert seen.longest_fit > 1
+    vllm_engine.metrics()
+    sample(vllm_engine, n=128, max_tokens=384)  # seconds of work, and a look each second
+    metrics = vllm_engine.metrics()
+    assert 0 < metrics["server/cache_use"] <= 1
+    assert metrics["server/preemptions"] == 0
 
 
 def test_a_server_sleeps_once_and_wakes_once(vllm_engine, monkeypatch):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 DOUBLING_SECONDS = 60.0  # of the limit, until the cache has been full once
-PLACES_PER_SAMPLE = 0.25  # that a finished sample adds from then on: a quarter more with each generation of samples
+PLACES_PER_SAMPLE = 0.1  # that a finished sample adds from then on: a tenth more with each generation of samples
 CUT = 0.75  # the limit's share that is left after preemption
 UNKNOWN_START = 64  # where a server does not say how many of the longest sequences its cache holds
 START = 2  # times as many: few answers are longer than half of what is allowed

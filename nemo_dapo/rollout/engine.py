@@ -221,6 +221,7 @@ class VLLMEngine:
                 life = await self._fleet.ready(member)
                 answer = await self._try(asked, progress, member)
                 self._fleet.served(member)
+                progress.finish()
                 return Sample(answer.token_ids, answer.logprobs, answer.finish_reason, answer.versions)
             except (ServerUnavailableError, LostServerError, UnusableAnswerError, LateError) as problem:
                 fault = f"{self.servers.describe(member.index)}: {problem}"

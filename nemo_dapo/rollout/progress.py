@@ -23,8 +23,8 @@ NO_TOKENS = np.empty(0, np.int32)
 class Counts:
     """Tokens that unfinished answers had, over all samples since they were counted last."""
 
-    thrown_away: int = 0
-    gone_on_with: int = 0
+    tokens_thrown_away: int = 0
+    tokens_gone_on_with: int = 0
 
 
 @dataclass
@@ -71,7 +71,6 @@ class Progress:
         if not self.kept:
             return answer
         kept, k = self._answer(), self.kept
-        self.counts.gone_on_with += k
         before = VersionSpan(self.version, 0, k)
         after = [VersionSpan(s.version, s.start + k, s.end + k) for s in answer.versions]
         if after and after[0].version == self.version and after[0].start == k:
@@ -83,12 +82,16 @@ class Progress:
             (before, *after),
         )
 
+    def finish(self) -> None:
+        """The sample is whole and good."""
+        self.counts.tokens_gone_on_with += self.kept
+
     def _answer(self) -> Answer:
         """All that came so far, as if it had been cut off there."""
         return Answer(np.concatenate(self.token_ids), np.concatenate(self.logprobs), "abort", ())
 
     def _throw_away(self) -> None:
-        self.counts.thrown_away += self.received
+        self.counts.tokens_thrown_away += self.received
         self.token_ids.clear()
         self.logprobs.clear()
         self.kept = 0
