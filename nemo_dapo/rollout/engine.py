@@ -243,7 +243,7 @@ class VLLMEngine:
                     f"({len(prompt.token_ids)} tokens); the last: {fault}"
                 )
             await asyncio.sleep(backoff)
-            member = await self._fleet.take(1)
+            member = await self._fleet.take(1, is_retry=True)
         raise AssertionError("backoffs never end")
 
     def _no_progress(self, asked: Asked) -> Progress:

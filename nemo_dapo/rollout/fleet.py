@@ -87,7 +87,7 @@ class Fleet:
         self.loop = asyncio.get_running_loop()
         self.ended, self.restart, self.describe = ended, restart, describe
         self.members = [Member(i, self._new_life(), Admission(ceiling, cache_target)) for i in range(size)]
-        self.waiters: list[asyncio.Future[None]] = []
+        self.waiters: list[tuple[int, asyncio.Future[Member]]] = []  # samples and their place, first come first
         self.repairs: set[asyncio.Task[None]] = set()
 
     def _new_life(self) -> Life:
@@ -95,29 +95,42 @@ class Fleet:
 
     # ---------------------------------------------------------------- admission
 
-    async def take(self, n: int) -> Member:
+    async def take(self, n: int, *, is_retry: bool = False) -> Member:
         """Wait until a server has room for `n` more samples and take them there: the least loaded one that serves.
 
-        More samples than the limit run alone on a server. Raises SickError when every server is given up.
+        Whoever came first is served first, but for samples that are asked for again, which are of earlier ones. More
+        samples than the limit run alone on a server. Raises SickError when every server is given up.
         """
-        while (member := self._pick(n)) is None:
-            if all(one.given_up for one in self.members):
-                raise SickError("no vLLM server is left: " + "; ".join(one.given_up for one in self.members))
-            waiter = self.loop.create_future()
-            self.waiters.append(waiter)
-            try:
-                await waiter
-            finally:
-                self.waiters.remove(waiter)
-        if not member.load:
-            self.progressed(member)  # the clock starts with the first of its open requests
-        member.load += n
-        return member
+        place: asyncio.Future[Member] = self.loop.create_future()
+        self.waiters.insert(0 if is_retry else len(self.waiters), (n, place))
+        self._serve()
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if not place.cancelled():
+                self.give(place.result(), n)
+            else:
+                self.waiters.remove((n, place))
+                self._serve()
+            raise
 
     def give(self, member: Member, n: int = 1) -> None:
         """Not a coroutine: a request that is being cancelled must give its place back without waiting for anything."""
         member.load -= n
-        self._wake()
+        self._serve()
+
+    def _serve(self) -> None:
+        """Give places to those who wait, in their order, while there is room for the first."""
+        while self.waiters and (member := self._pick(self.waiters[0][0])) is not None:
+            n, place = self.waiters.pop(0)
+            if not member.load:
+                self.progressed(member)  # the clock starts with the first of its open requests
+            member.load += n
+            place.set_result(member)
+        if all(one.given_up for one in self.members):
+            sick = "no vLLM server is left: " + "; ".join(one.given_up for one in self.members)
+            while self.waiters:
+                self.waiters.pop()[1].set_exception(SickError(sick))
 
     def _pick(self, n: int) -> Member | None:
         serving = [m for m in self.members if not m.given_up and m.has_room(n)]
@@ -126,11 +139,6 @@ class Fleet:
         if not up and any(not m.is_down and not m.given_up for m in self.members):
             return None
         return min(up or serving, key=lambda m: (m.life.faults, m.admission.pressure(m.load), m.load), default=None)
-
-    def _wake(self) -> None:
-        for waiter in self.waiters:
-            if not waiter.done():
-                waiter.set_result(None)
 
     # ---------------------------------------------------------------- health
 
@@ -206,7 +214,7 @@ class Fleet:
         finally:
             member.life = self._new_life()
             member.is_down = False
-            self._wake()
+            self._serve()
 
     def _give_up(self, member: Member, fault: str) -> None:
         member.given_up = f"{self.describe(member.index)} is sick after {member.restarts} restart(s) in a row: {fault}"
@@ -257,7 +265,7 @@ class Fleet:
         member.admission.observe(
             reading, load=member.load, finished=finished, seconds=seconds, is_wanted=bool(self.waiters)
         )
-        self._wake()
+        self._serve()
 
     def take_seen(self) -> Seen:
         """What the looks at all servers have shown since the last call."""
