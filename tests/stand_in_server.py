@@ -133,6 +133,7 @@ class StandIn(ThreadingHTTPServer):
     """Acts by `script`, an entry a request, then always by `otherwise`."""
 
     daemon_threads = True
+    request_queue_size = 1024  # a connection that finds the queue full is tried again by TCP after seconds
 
     def __init__(self, otherwise: Act = good, script: list[Act] | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -721,9 +721,37 @@ def test_a_group_larger_than_the_limit_runs_alone():
         assert (await fleet.take(16)).index == 0
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(fleet.take(1), 0.05)
-        assert fleet.waiters == []
+        assert not fleet.waiters
 
     asyncio.run(scenario())
+
+
+def test_whoever_came_first_is_served_first_but_for_retries_and_those_who_gave_up_waiting():
+    async def scenario() -> list[str]:
+        fleet = Fleet(1, 4, ended=lambda i: None, restart=lambda i, f: None, describe=str)
+        served: list[str] = []
+
+        async def wait(name: str, n: int, is_retry: bool = False) -> None:
+            await fleet.take(n, is_retry=is_retry)
+            served.append(name)
+
+        member = await fleet.take(4)
+        waiting = [asyncio.create_task(wait(*one)) for one in (("a", 3), ("b", 3), ("c", 1), ("d", 1, True))]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        waiting[1].cancel()
+        fleet.give(member, 4)  # in the same turn, before those who were cancelled could say so
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert (member.load, len(fleet.waiters)) == (2, 0)
+        late = asyncio.create_task(wait("e", 3))
+        await asyncio.sleep(0)
+        fleet.give(member, 2)
+        late.cancel()  # it has its place, but has not run since
+        await asyncio.gather(late, return_exceptions=True)
+        assert member.load == 0
+        return served
+
+    assert asyncio.run(scenario()) == ["d", "c"]
 
 
 def test_the_arrays_of_an_answer_are_the_wire_s_own(start):

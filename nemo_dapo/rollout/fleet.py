@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,7 +88,7 @@ class Fleet:
         self.loop = asyncio.get_running_loop()
         self.ended, self.restart, self.describe = ended, restart, describe
         self.members = [Member(i, self._new_life(), Admission(ceiling, cache_target)) for i in range(size)]
-        self.waiters: list[tuple[int, asyncio.Future[Member]]] = []  # samples and their place, first come first
+        self.waiters: deque[tuple[int, asyncio.Future[Member]]] = deque()  # samples and their place, first come first
         self.repairs: set[asyncio.Task[None]] = set()
 
     def _new_life(self) -> Life:
@@ -102,16 +103,15 @@ class Fleet:
         samples than the limit run alone on a server. Raises SickError when every server is given up.
         """
         place: asyncio.Future[Member] = self.loop.create_future()
-        self.waiters.insert(0 if is_retry else len(self.waiters), (n, place))
+        (self.waiters.appendleft if is_retry else self.waiters.append)((n, place))
         self._serve()
         try:
             return await place
         except asyncio.CancelledError:
-            if not place.cancelled():
+            if place.cancelled():
+                self._serve()  # whoever waits behind it
+            elif place.exception() is None:
                 self.give(place.result(), n)
-            else:
-                self.waiters.remove((n, place))
-                self._serve()
             raise
 
     def give(self, member: Member, n: int = 1) -> None:
@@ -121,16 +121,22 @@ class Fleet:
 
     def _serve(self) -> None:
         """Give places to those who wait, in their order, while there is room for the first."""
-        while self.waiters and (member := self._pick(self.waiters[0][0])) is not None:
-            n, place = self.waiters.pop(0)
-            if not member.load:
-                self.progressed(member)  # the clock starts with the first of its open requests
-            member.load += n
-            place.set_result(member)
+        while self.waiters:
+            n, place = self.waiters[0]
+            if not place.done():  # else it was cancelled
+                if (member := self._pick(n)) is None:
+                    break
+                if not member.load:
+                    self.progressed(member)  # the clock starts with the first of its open requests
+                member.load += n
+                place.set_result(member)
+            self.waiters.popleft()
         if all(one.given_up for one in self.members):
             sick = "no vLLM server is left: " + "; ".join(one.given_up for one in self.members)
-            while self.waiters:
-                self.waiters.pop()[1].set_exception(SickError(sick))
+            for _, place in self.waiters:
+                if not place.done():
+                    place.set_exception(SickError(sick))
+            self.waiters.clear()
 
     def _pick(self, n: int) -> Member | None:
         serving = [m for m in self.members if not m.given_up and m.has_room(n)]
@@ -262,9 +268,8 @@ class Fleet:
                     await self.attend(member, life, fault, is_fatal=hangs)
 
     def _admit(self, member: Member, reading: Reading, finished: int, seconds: float) -> None:
-        member.admission.observe(
-            reading, load=member.load, finished=finished, seconds=seconds, is_wanted=bool(self.waiters)
-        )
+        is_wanted = any(not place.done() for _, place in self.waiters)
+        member.admission.observe(reading, load=member.load, finished=finished, seconds=seconds, is_wanted=is_wanted)
         self._serve()
 
     def take_seen(self) -> Seen:
