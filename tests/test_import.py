@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 ENGINES = ("vllm", "transformer_engine", "apex", "nemo", "megatron", "flash_attn")
 CORE = [
     "algorithm", "batching", "checkpoint", "config", "controller", "coordination", "entry", "evaluation", "interfaces",
-    "loss", "sampling", "trainer", "types", "data.load", "data.loader", "rewards.math", "rewards.math_dapo",
+    "losses", "sampling", "trainer", "types", "data.load", "data.loader", "rewards.math", "rewards.math_dapo",
     "rewards.pool", "rollout.engine", "rollout.servers", "telemetry.metrics", "telemetry.rollouts", "telemetry.sinks",
 ]  # fmt: skip
 BLOCK = f"""
