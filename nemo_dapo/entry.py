@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from nemo_dapo import config as schema
 from nemo_dapo.config import RunConfig
 from nemo_dapo.ending import Ending
+from nemo_dapo.environment import rank_variables
 from nemo_dapo.lock import RunLock
 from nemo_dapo.redaction import secrets_in
 
@@ -60,6 +61,7 @@ def start(
             refuse_secrets(sys.argv[1:])
             check(run)
             require_vllm(run)
+            os.environ.update(rank_variables(os.environ, run.model.precision))
             if is_rank_zero():
                 stack.enter_context(RunLock(Path(run.output_dir)))
                 for remark in schema.remarks(run):

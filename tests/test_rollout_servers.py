@@ -27,7 +27,6 @@ from nemo_dapo.rollout.command import (
     connect_host,
     engine_arguments,
     server_command,
-    server_environment,
 )
 from nemo_dapo.rollout.servers import ServersClosedError, VLLMServers
 
@@ -89,17 +88,6 @@ def test_the_command_asks_for_processed_logprobs_and_does_not_show_the_key(tmp_p
         assert pair in pairs
     assert ("-m", "vllm.entrypoints.openai.api_server") in pairs
     assert "s3cret" not in " ".join(command)
-
-
-def test_the_launchers_variables_do_not_reach_a_server():
-    launcher = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    launcher |= {"TORCHELASTIC_RUN_ID": "x", "ROLE_RANK": "0", "GROUP_RANK": "0"}
-    config = RolloutConfig(visible_devices=["0,1", "2,3"], num_servers=2)
-    environment = server_environment(config, 1, "key", {**launcher, "PATH": "/bin", "HF_HOME": "/h"})
-    assert not launcher.keys() & environment.keys()
-    assert (environment["PATH"], environment["HF_HOME"]) == ("/bin", "/h")
-    assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
-    assert environment["VLLM_API_KEY"] == "key"
 
 
 def test_servers_of_one_run_differ_in_seed_and_port(tmp_path):
@@ -325,17 +313,6 @@ def test_no_server_is_started_once_they_are_closed(tmp_path):
 def test_one_server_cannot_answer_the_challenge_of_another():
     assert proof("key", "nonce", 1) != proof("key", "nonce", 2)
     assert proof("key", "nonce", 1) != proof("other", "nonce", 1)
-
-
-def test_temporary_files_go_with_the_run_and_compiled_kernels_stay(tmp_path):
-    environment = server_environment(RolloutConfig(), 0, "key", {"TORCHINDUCTOR_CACHE_DIR": "/kernels"}, "/dev/shm/x")
-    assert environment["TMPDIR"] == environment["VLLM_RPC_BASE_PATH"] == "/dev/shm/x"
-    assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/kernels"
-    assert (
-        "/dev/shm/x" not in server_environment(RolloutConfig(), 0, "key", {}, "/dev/shm/x")["TORCHINDUCTOR_CACHE_DIR"]
-    )
-    too_long_for_a_socket = server_environment(RolloutConfig(), 0, "key", {}, "/x" * 40)
-    assert "TMPDIR" not in too_long_for_a_socket
 
 
 SHARES_MEMORY = """

@@ -1,4 +1,4 @@
-"""What one vLLM server is started with: command line, environment, port and key.
+"""What one vLLM server is started with: command line, port and key (environment.py says with which variables).
 
 A server is `python -m vllm.entrypoints.openai.api_server`. (`vllm serve`, the console script, fails with the CPU wheel,
 which is a distribution of another name.)
@@ -6,15 +6,12 @@ which is a distribution of another name.)
 
 from __future__ import annotations
 
-import getpass
 import ipaddress
 import json
 import os
-import re
 import secrets
 import socket
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,18 +35,8 @@ RESERVED = {
     "weight_transfer_config": "nothing: the trainer sends the weights",
     "disable_log_stats": "nothing: a server that hangs is known by its counts of tokens",
 }
-# torchrun's variables describe the trainer's process group; a server that reads them would try to join it.
-LAUNCHER_VARIABLES = re.compile(
-    r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_.*|MASTER_ADDR|MASTER_PORT"
-    r"|TORCHELASTIC_.*|TORCH_NCCL_.*|PMI_.*|PMIX_.*|OMPI_.*)"
-)
-# No warm-up; the model runs in the engine's process, not in a worker below it (vllm.platforms.cpu reads this variable):
-# one process less to start, no hop through shared memory.
-CPU_VARIABLES = {"VLLM_CPU_CI_ENV": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # vLLM on a CPU takes 92 % of the machine's memory for its cache by default, and compiles for minutes.
 CPU_ENGINE_OPTIONS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
-# A Unix socket's path holds 107 bytes, and vLLM names its sockets by a UUID.
-MAX_SOCKET_FOLDER = 107 - 37
 DTYPES = {Precision.bf16: "bfloat16", Precision.fp32: "float32"}
 
 
@@ -89,44 +76,6 @@ def server_command(config: RolloutConfig, model_path: Path, precision: Precision
     fixed += ["--middleware", "nemo_dapo.rollout.vllm_plugin.RequireKey", "--disable-uvicorn-access-log"]
     module = [config.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     return module + fixed + engine_arguments({**defaults, **config.vllm})
-
-
-def server_environment(
-    config: RolloutConfig, index: int, api_key: str, inherited: Mapping[str, str], scratch: str = ""
-) -> dict[str, str]:
-    """Environment of server `index`: the trainer's without its launcher's variables, plus what vLLM reads.
-
-    Variables that the user has set win over our CPU defaults. Sockets and the like go to the folder `scratch`, which
-    disappears with the run however that ends.
-    """
-    kept = {key: value for key, value in inherited.items() if not LAUNCHER_VARIABLES.fullmatch(key)}
-    cpu_defaults = {} if torch.cuda.is_available() else CPU_VARIABLES
-    if cpu_defaults and config.vllm.get("enforce_eager", CPU_ENGINE_OPTIONS["enforce_eager"]):
-        # Else one sampler function is still compiled by a C++ compiler, during the first request.
-        cpu_defaults = {**cpu_defaults, "TORCH_COMPILE_DISABLE": "1"}
-    devices = {"CUDA_VISIBLE_DEVICES": config.visible_devices[index]} if config.visible_devices else {}
-    ours = {
-        "VLLM_SERVER_DEV_MODE": "1",  # the routes of weight transfer, pause and abort
-        "VLLM_PLUGINS": "nemo_dapo",  # other packages' plugins import what a server does not need
-        "VLLM_API_KEY": api_key,
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-        "JOBLIB_MULTIPROCESSING": "0",  # else an import leaves a semaphore in /dev/shm when the process is killed
-    }
-    return {**cpu_defaults, **kept, **devices, **places(scratch, inherited), **ours}
-
-
-def places(scratch: str, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Variables that put sockets and rendezvous files into `scratch`, while compiled kernels stay where runs share them."""
-    if not scratch or len(os.fsencode(scratch)) > MAX_SOCKET_FOLDER:
-        return {}
-    kernels = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
-    return {
-        "TMPDIR": scratch,
-        "VLLM_RPC_BASE_PATH": scratch,
-        "TORCHINDUCTOR_CACHE_DIR": inherited.get("TORCHINDUCTOR_CACHE_DIR", kernels),
-    }
 
 
 def choose_key(config: RolloutConfig) -> str:

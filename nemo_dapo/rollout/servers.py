@@ -25,7 +25,8 @@ from nemo_dapo.config import Precision, RolloutConfig
 from nemo_dapo.processes import kill_session
 from nemo_dapo.rollout import control, guardian
 from nemo_dapo.rollout.challenge import NONCE_PARAMETER, proof
-from nemo_dapo.rollout.command import choose_key, choose_ports, connect_host, server_command, server_environment
+from nemo_dapo.rollout.command import choose_key, choose_ports, connect_host, server_command
+from nemo_dapo.rollout.environment import server_environment
 
 log = logging.getLogger(__name__)
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it writes a line for every request
@@ -181,7 +182,7 @@ class VLLMServers:
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
                 bufsize=0,
-                env=server_environment(config, server.index, self.api_key, os.environ, self.scratch),
+                env=server_environment(config, self.precision, server.index, self.api_key, os.environ, self.scratch),
                 start_new_session=True,  # Ctrl-C in the terminal reaches the trainer alone, which then ends the servers
             )
 
