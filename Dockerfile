@@ -1,19 +1,23 @@
 # nemo_dapo in NVIDIA's NeMo container: its torch, Transformer Engine, apex, Megatron-core and Megatron-Bridge stay as they are.
-#   docker build -t nemo_dapo . && docker run --gpus all nemo_dapo torchrun examples/train_dapo.py --cfg job
+#   docker build -t nemo_dapo .
+#   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 nemo_dapo \
+#     python3 -m torch.distributed.run --nproc-per-node 8 examples/train_dapo.py model.path=… data=gsm8k parallel=tp2
+# --ipc=host: Docker's 64 MiB of /dev/shm are too little for NCCL, for vLLM's queues and for the weights.
 FROM nvcr.io/nvidia/nemo:26.06
-
-# vLLM in an environment of its own (rollout.python): trainer and servers need not agree on a torch version.
-RUN python3 -m venv /opt/vllm && /opt/vllm/bin/pip install --no-cache-dir vllm==0.32.0
-
+ENV UV_NO_CACHE=1
 WORKDIR /opt/nemo_dapo
-# Without dependencies: a resolver would exchange the container's torch for another one.
-COPY requirements/ngc.txt requirements/ngc.txt
-RUN pip install --no-cache-dir --no-deps --requirement requirements/ngc.txt
-COPY . .
-RUN pip install --no-cache-dir --no-deps --editable . && /opt/vllm/bin/pip install --no-cache-dir --no-deps .
+COPY requirements/container.sh requirements/ngc.txt requirements/
 
-# A missing piece fails the build, not the job.
-RUN python -c "from nemo.core.config import hydra_runner; import mpmath, datasets, httpx, tensorboard" \
- && python -c "import torch, megatron.core, megatron.bridge, transformer_engine; import nemo_dapo.trainer, nemo_dapo.controller" \
- && /opt/vllm/bin/python -c "import vllm, nemo_dapo.rollout.vllm_plugin"
+# In an environment of its own (rollout.python): trainer and servers need not agree on a torch version.
+RUN sh requirements/container.sh vllm /opt/vllm
+
+# /opt/venv/bin/python is the container's python3, the one with Megatron.
+COPY . .
+RUN sh requirements/container.sh trainer /opt/venv/bin/python \
+ && sh requirements/container.sh package /opt/venv/bin/python /opt/vllm/bin/python
+
+RUN sh requirements/container.sh check /opt/venv/bin/python \
+      torch transformer_engine megatron.core megatron.bridge nemo_dapo.trainer nemo_dapo.controller nemo_dapo.megatron.policy \
+ && sh requirements/container.sh check /opt/vllm/bin/python vllm nemo_dapo.rollout.vllm_plugin
+# Empty, the servers run on the container's own vLLM.
 ENV VLLM_PYTHON=/opt/vllm/bin/python

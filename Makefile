@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-fast check docs bench faults clean
+.PHONY: setup demo test test-fast check container docs bench faults clean
 
 setup: $(VENV)/.complete
 
@@ -34,10 +34,14 @@ test-fast: setup
 	$(BIN)/python -m pytest -m "not slow and not vllm"
 
 check: setup
-	@echo "== check: ruff (lint, format), mypy"
+	@echo "== check: ruff (lint, format), mypy, hadolint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+
+container: setup
+	@PATH="$(abspath $(BIN)):$$PATH" sh requirements/try_container.sh build/container
 
 docs: setup
 	@echo "== docs: $(DOCS)/index.html"

@@ -121,4 +121,4 @@ def main(cfg: DictConfig, ending: Ending) -> None:
 
 
 if __name__ == "__main__":
-    entry.start(main, CONFIG, ("torch", "transformers", "nemo"), check)
+    entry.start(main, CONFIG, ("torch", "transformers"), check)

@@ -204,4 +204,4 @@ def main(cfg: DictConfig, ending: Ending) -> None:
 
 
 if __name__ == "__main__":
-    entry.start(main, CONFIG, ("torch", "nemo", "megatron.core", "megatron.bridge"), check)
+    entry.start(main, CONFIG, ("torch", "megatron.core", "megatron.bridge"), check)

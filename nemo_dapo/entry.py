@@ -1,11 +1,12 @@
 """How a script under `examples/` starts: what is missing or wrong is said within seconds, before the slow imports.
 
-NeMo and Megatron take some twenty seconds to import. The options are therefore composed and checked with Hydra alone first,
-and then once more on the way through NeMo's `hydra_runner`, which calls the script's `main`.
+Megatron takes some twenty seconds to import. The options are therefore composed and checked with Hydra alone first, and
+then once more on the way through NeMo's `hydra_runner`, or without NeMo as it does, which calls the script's `main`.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -15,7 +16,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from hydra._internal.utils import get_args_parser
+from hydra._internal.utils import _run_hydra, get_args_parser
+from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
 from nemo_dapo import config as schema
@@ -26,17 +28,17 @@ from nemo_dapo.lock import RunLock
 from nemo_dapo.redaction import secrets_in
 
 ENVIRONMENT = "run `make setup` in the checkout and start with .venv/bin/python (see README.md)"
-CONTAINER = "in NVIDIA's NeMo container `pip install --no-deps -r requirements/ngc.txt`"
+# No folder `.hydra`, no log file, no other working directory: a run's records are the trainer's own (nemo.core.config).
+NEMO_HYDRA_SETTINGS = ["hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.run.dir=."]
 QUIET = {"megatron": logging.WARNING, "httpx": logging.WARNING, "nv_one_logger": logging.ERROR}
 INSTALL = {
     "torch": ENVIRONMENT,
     "transformers": ENVIRONMENT,
-    "nemo": f"{ENVIRONMENT}, or {CONTAINER}",
     "megatron.core": f"{ENVIRONMENT}, or start in NVIDIA's NeMo container, which holds it",
     "megatron.bridge": f"{ENVIRONMENT}, or start in NVIDIA's NeMo container, which holds it",
     "vllm": (
-        f"{ENVIRONMENT}, or `python3 -m venv /opt/vllm && /opt/vllm/bin/pip install vllm && /opt/vllm/bin/pip install "
-        "--no-deps .` and set rollout.python=/opt/vllm/bin/python"
+        f"{ENVIRONMENT}, or make it one of its own by `sh requirements/container.sh vllm /opt/vllm` and set "
+        "rollout.python=/opt/vllm/bin/python"
     ),
 }
 
@@ -44,7 +46,7 @@ INSTALL = {
 def start(
     main: Callable[[DictConfig, Ending], None], config: Path, needs: tuple[str, ...], check: Callable[[RunConfig], None]
 ) -> None:
-    """Run `main` on the options that the YAML file `config` and the command line compose to, through NeMo's hydra_runner.
+    """Run `main` on the options that the YAML file `config` and the command line compose to, with `run_by_hydra`.
 
     Before that: `needs`, modules of this interpreter, must be there, `check` must accept the options, and no other run may
     be at work in the folder. Otherwise a line on standard error says so, and every rank exits with 2.
@@ -66,15 +68,29 @@ def start(
                 stack.enter_context(RunLock(Path(run.output_dir)))
                 for remark in schema.remarks(run):
                     print(f"note: {remark}", file=sys.stderr, flush=True)
-                print("importing NeMo and Megatron (about 20 s)", flush=True)
+                print("importing Megatron (about 20 s)", flush=True)
         quiet_libraries()
-        from nemo.core.config import hydra_runner
 
-        @hydra_runner(config_path=str(config.parent), config_name=config.stem)
         def run_main(cfg: DictConfig) -> None:
             main(cfg, ending)
 
-        run_main()
+        run_by_hydra(run_main, config)
+
+
+def run_by_hydra(task: TaskFunction, config: Path) -> None:
+    """Call `task` with what Hydra composes of `config` and the command line, by NeMo's `hydra_runner`.
+
+    That needs Lightning, which NVIDIA's containers block, and through it ten more packages; where it cannot be imported,
+    Hydra is called as it calls it.
+    """
+    if is_installed("nemo.core.config.hydra_runner"):
+        runner = importlib.import_module("nemo.core.config").hydra_runner
+        runner(config_path=str(config.parent), config_name=config.stem)(task)()
+        return
+    parser = get_args_parser()
+    arguments = parser.parse_args()
+    arguments.overrides += NEMO_HYDRA_SETTINGS
+    _run_hydra(arguments, parser, task, config_path=str(config.parent), config_name=config.stem)
 
 
 def refuse_secrets(arguments: list[str]) -> None:

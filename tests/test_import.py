@@ -67,23 +67,49 @@ print("valid", run.algorithm.group_size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("script", "missing"),
-    [("train_dapo", ["nemo", "megatron.core", "megatron.bridge"]), ("evaluate", ["nemo"])],
-)
-def test_a_script_names_what_is_missing_and_the_command_that_installs_it(script: str, missing: list[str]) -> None:
-    code = f"""
+def test_a_script_names_what_is_missing_and_the_command_that_installs_it() -> None:
+    code = """
 import runpy
-sys.argv = ["{script}.py"]
-runpy.run_path("examples/{script}.py", run_name="__main__")
+sys.argv = ["train_dapo.py"]
+runpy.run_path("examples/train_dapo.py", run_name="__main__")
 """
     done = python(code)
     assert done.returncode == 2
     first, *rest = done.stderr.strip().splitlines()
     assert first.startswith(f"error: {sys.executable} lacks")
-    assert [line.split(":")[0].removeprefix("  - ") for line in rest] == missing
+    assert [line.split(":")[0].removeprefix("  - ") for line in rest] == ["megatron.core", "megatron.bridge"]
     assert all("`make setup`" in line for line in rest)
-    assert "pip install --no-deps -r requirements/ngc.txt" in rest[0]
+
+
+RUN_BY_HYDRA = """
+import json, os, sys
+from pathlib import Path
+from nemo_dapo import config, entry
+config.register()
+def task(cfg):
+    print(json.dumps([cfg.algorithm.group_size, cfg.optimizer.lr, os.getcwd(), sorted(os.listdir())]))
+given, nemo = list(sys.argv), entry.is_installed("nemo.core")
+entry.run_by_hydra(task, Path(os.environ["PYTHONPATH"]) / "conf" / "config.yaml")
+assert sys.argv == given
+print(nemo)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not entry.is_installed("nemo"), reason="NeMo is not installed in this environment")
+def test_without_nemo_a_run_is_composed_as_nemo_does_it(tmp_path: Path) -> None:
+    said = []
+    for number, blocked in enumerate(("", BLOCK)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        command = [sys.executable, "-c", blocked + RUN_BY_HYDRA, "algorithm.group_size=5", "optimizer.lr=0.25"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert json.loads(lines[0]) == [5, 0.25, str(folder), []]  # in place, without a folder or file of Hydra's
+        said.append(lines[-1])
+    assert said == ["True", "False"]
 
 
 def test_every_module_that_can_be_asked_for_has_its_command() -> None:
@@ -106,7 +132,7 @@ def test_vllm_is_needed_here_only_where_no_other_interpreter_is_named(
     run = entry.RunConfig()
     run.rollout.python = python_of_vllm
     if needed:
-        with pytest.raises(ValueError, match=r"vllm: .*pip install vllm.*rollout\.python"):
+        with pytest.raises(ValueError, match=r"vllm: .*container\.sh vllm .*rollout\.python"):
             entry.require_vllm(run)
     else:
         entry.require_vllm(run)
