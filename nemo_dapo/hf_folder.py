@@ -6,21 +6,22 @@ Knows safetensors headers and file names only: neither Megatron nor vLLM, which 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from nemo_dapo.digests import digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHARD_BYTES = 5_000_000_000  # of one written file, as transformers has it
 INDEX = "model.safetensors.index.json"
@@ -41,7 +42,7 @@ class ExpectedWeights:
 
     @property
     def num_elements(self) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 def expected_weights(folder: Path) -> ExpectedWeights:
@@ -190,6 +191,8 @@ def _copy_descriptions(source: Path, folder: Path) -> None:
 
 def _write_shards(folder: Path, shards: Iterable[dict[str, Tensor]]) -> None:
     """model.safetensors, or numbered files with an index where there are several."""
+    from safetensors.torch import save_file  # with torch, which a serving node's agent has no other use for
+
     files: list[Path] = []
     names: list[list[str]] = []
     total = 0

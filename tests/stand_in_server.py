@@ -135,8 +135,8 @@ class StandIn(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024  # a connection that finds the queue full is tried again by TCP after seconds
 
-    def __init__(self, otherwise: Act = good, script: list[Act] | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, otherwise: Act = good, script: list[Act] | None = None, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.otherwise, self.script = otherwise, list(script or [])
         self.requests = 0
         self.bodies: list[dict[str, Any]] = []

@@ -71,7 +71,7 @@ STAYS = {*OF_THE_JOB, "NCCL_IB_HCA", "NCCL_CUMEM_ENABLE", "GLOO_SOCKET_IFNAME", 
 
 
 def server(config: RolloutConfig = OWN_PYTHON, precision: Precision = BF16, **changes: str) -> dict[str, str]:
-    return server_environment(config, precision, 0, "key", INHERITED | changes)
+    return server_environment(config, precision, 0, "key", INHERITED | changes, on_cpu=True)
 
 
 def test_a_server_with_its_own_interpreter_gets_none_of_the_containers_libraries() -> None:
@@ -136,14 +136,14 @@ def test_servers_that_start_at_once_look_for_ports_in_blocks_of_their_own() -> N
 
 def test_each_server_gets_its_devices_and_the_key() -> None:
     config = RolloutConfig(visible_devices=["0,1", "2,3"], num_servers=2)
-    found = server_environment(config, BF16, 1, "key", INHERITED | {"CUDA_VISIBLE_DEVICES": "0"})
+    found = server_environment(config, BF16, 1, "key", INHERITED | {"CUDA_VISIBLE_DEVICES": "0"}, on_cpu=False)
     assert (found["CUDA_VISIBLE_DEVICES"], found["VLLM_API_KEY"]) == ("2,3", "key")
     assert server(CUDA_VISIBLE_DEVICES="0")["CUDA_VISIBLE_DEVICES"] == "0"
 
 
 def test_temporary_files_go_with_the_run_and_compiled_kernels_stay() -> None:
     def with_scratch(scratch: str, **inherited: str) -> dict[str, str]:
-        return server_environment(RolloutConfig(), BF16, 0, "key", inherited, scratch)
+        return server_environment(RolloutConfig(), BF16, 0, "key", inherited, scratch, on_cpu=True)
 
     found = with_scratch("/dev/shm/x", TORCHINDUCTOR_CACHE_DIR="/kernels")
     assert found["TMPDIR"] == found["VLLM_RPC_BASE_PATH"] == "/dev/shm/x"

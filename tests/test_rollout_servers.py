@@ -26,9 +26,10 @@ from nemo_dapo.rollout.command import (
     choose_ports,
     connect_host,
     engine_arguments,
+    listen_host,
     server_command,
 )
-from nemo_dapo.rollout.servers import ServersClosedError, VLLMServers
+from nemo_dapo.rollout.servers import ServersClosedError, Share, VLLMServers
 
 END_SECONDS = 20.0  # generous: this machine may be busy
 
@@ -42,7 +43,7 @@ def stand_in(path: Path, script: str) -> str:
 
 def servers_on(tmp_path: Path, script: str, **options: object) -> VLLMServers:
     config = RolloutConfig(python=stand_in(tmp_path / "interpreter", script), **options)  # type: ignore[arg-type]
-    return VLLMServers(config, tmp_path, Precision.fp32, tmp_path / "run", seed=0)
+    return VLLMServers(config, tmp_path, Precision.fp32, tmp_path / "run", Share())
 
 
 def wait_until(condition, seconds: float = END_SECONDS) -> bool:
@@ -82,7 +83,7 @@ def test_an_option_that_the_trainer_owns_is_refused_with_its_place(key):
 
 def test_the_command_asks_for_processed_logprobs_and_does_not_show_the_key(tmp_path):
     config = RolloutConfig(api_key="s3cret", max_prompt_length=3, max_response_length=4)
-    command = server_command(config, tmp_path, Precision.bf16, 5, 6)
+    command = server_command(config, tmp_path, Precision.bf16, 5, 6, on_cpu=True)
     pairs = list(itertools.pairwise(command))
     for pair in [("--logprobs-mode", "processed_logprobs"), ("--dtype", "bfloat16"), ("--max-model-len", "7")]:
         assert pair in pairs
@@ -127,6 +128,17 @@ def test_free_ports_are_different_and_can_be_used_at_once():
 )
 def test_the_address_to_connect_to_follows_the_one_to_listen_on(host, reached):
     assert connect_host(host) == reached
+
+
+def test_a_server_for_other_hosts_is_reached_at_its_nodes_address_and_listens_there_unless_the_user_chose():
+    assert connect_host("0.0.0.0", "10.0.0.7") == "10.0.0.7"
+    assert connect_host("::", "fd00::7") == "[fd00::7]"
+    assert [listen_host(host, "10.0.0.7") for host in ("127.0.0.1", "localhost", "0.0.0.0", "ib0-7")] == [
+        "10.0.0.7",
+        "10.0.0.7",
+        "0.0.0.0",
+        "ib0-7",
+    ]
 
 
 def test_a_server_that_dies_at_start_is_reported_with_exit_code_and_log(tmp_path):

@@ -329,9 +329,9 @@ TRAINER = """
 import sys
 from pathlib import Path
 from nemo_dapo.config import Precision, RolloutConfig
-from nemo_dapo.rollout.servers import VLLMServers
+from nemo_dapo.rollout.servers import Share, VLLMServers
 config = RolloutConfig(max_prompt_length=16, max_response_length=16, vllm={options})
-VLLMServers(config, Path(sys.argv[1]), Precision.fp32, Path(sys.argv[2]), 0).start()
+VLLMServers(config, Path(sys.argv[1]), Precision.fp32, Path(sys.argv[2]), Share()).start()
 """
 
 

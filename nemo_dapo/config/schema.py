@@ -57,6 +57,13 @@ class PartialAnswers(Enum):
     discard = "discard"
 
 
+class Placement(Enum):
+    local = "local"
+    colocated = "colocated"
+    dedicated = "dedicated"
+    attach = "attach"
+
+
 @dataclass
 class ModelConfig:
     path: str = MISSING  # a Hugging Face directory: config.json, *.safetensors, tokenizer
@@ -93,13 +100,22 @@ class OptimizerConfig:
 @dataclass
 class RolloutConfig:
     python: str = ""  # interpreter with vLLM; empty = this one
-    num_servers: int = number(1, at_least=1)  # vLLM servers on this host
-    host: str = "127.0.0.1"  # the servers listen here
-    port: int = number(0, at_least=1, at_most=LAST_PORT, also=(0,))  # of the first server; 0 = a free one
+    # where servers run: local = beside rank 0; colocated = on every node of the trainer; dedicated = on `nodes` nodes of
+    # their own, whose agents register with rank 0; attach = yours, at the addresses `servers`
+    placement: Placement = Placement.local
+    num_servers: int = number(1, at_least=1)  # vLLM servers on each node that serves
+    nodes: int = number(0, at_least=0)  # of placement=dedicated
+    servers: list[str] = field(default_factory=list)  # of placement=attach: http://host:port of each
+    # host:port at which rank 0 listens for agents; empty = a free port, on all addresses where other hosts are to join
+    listen: str = ""
+    min_servers: int = number(1, at_least=1)  # fewer that serve, for longer than a restart may take, end the run
+    lease_seconds: float = number(20.0, at_least=2, at_most=A_YEAR)  # silence after which a node is given up
+    host: str = "127.0.0.1"  # the servers listen here; on nodes beside rank 0's, on the node's own address instead
+    port: int = number(0, at_least=1, at_most=LAST_PORT, also=(0,))  # of a node's first server; 0 = a free one
     # what requests to the servers must carry, else the file's content, else NEMO_DAPO_API_KEY, else a random one a run
     api_key: str = ""
     api_key_file: str = ""  # holds the key in one line; a key on the command line is refused
-    visible_devices: list[str] = field(default_factory=list)  # CUDA_VISIBLE_DEVICES, one entry a server
+    visible_devices: list[str] = field(default_factory=list)  # CUDA_VISIBLE_DEVICES, one entry a server of a node
     # of the samples trained on
     temperature: float = number(1.0, at_least=MIN_TEMPERATURE, at_most=100, why="colder samples are all the same")
     top_p: float = number(1.0, above=0, at_most=1)  # keep only the likeliest tokens that hold this much probability

@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nemo_dapo.config import Precision, RolloutConfig
 
 BACKEND = "nemo_dapo_host_memory"  # the name under which vllm_plugin registers our weight transfer
@@ -37,6 +35,7 @@ RESERVED = {
 }
 # vLLM on a CPU takes 92 % of the machine's memory for its cache by default, and compiles for minutes.
 CPU_ENGINE_OPTIONS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 DTYPES = {Precision.bf16: "bfloat16", Precision.fp32: "float32"}
 
 
@@ -61,13 +60,15 @@ def engine_arguments(options: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-def server_command(config: RolloutConfig, model_path: Path, precision: Precision, port: int, seed: int) -> list[str]:
+def server_command(
+    config: RolloutConfig, model_path: Path, precision: Precision, port: int, seed: int, *, on_cpu: bool
+) -> list[str]:
     """The command line of one server. The API key is not in it: command lines are public on a machine."""
     defaults: dict[str, Any] = {
         "max_model_len": config.max_prompt_length + config.max_response_length,
         "scheduling_policy": "priority",  # the engine numbers its requests: earlier groups go first
     }
-    if not torch.cuda.is_available():
+    if on_cpu:
         defaults |= CPU_ENGINE_OPTIONS
     fixed = ["--model", str(model_path), "--host", config.host, "--port", str(port), "--seed", str(seed)]
     fixed += ["--dtype", DTYPES[precision], "--tokens-only", "--logprobs-mode", "processed_logprobs"]
@@ -110,12 +111,17 @@ def choose_ports(host: str, first: int, count: int) -> list[int]:
             listener.close()
 
 
-def connect_host(host: str) -> str:
-    """The address under which a server that listens on `host` is reached from this machine, ready for a URL."""
+def connect_host(host: str, address: str = "") -> str:
+    """Where a server that listens on `host` is reached, ready for a URL; `address` is this machine's for others."""
     try:
-        address = ipaddress.ip_address(host)
+        listens = ipaddress.ip_address(host)
     except ValueError:  # a name
         return host
-    if address.is_unspecified:
-        return "127.0.0.1" if address.version == 4 else "[::1]"
-    return host if address.version == 4 else f"[{host}]"
+    if listens.is_unspecified:
+        return connect_host(address or ("127.0.0.1" if listens.version == 4 else "::1"))
+    return host if listens.version == 4 else f"[{host}]"
+
+
+def listen_host(host: str, address: str) -> str:
+    """Where servers listen that other hosts ask too: on `host` where that is a choice of the user's, else on `address`."""
+    return address if host in LOOPBACK else host

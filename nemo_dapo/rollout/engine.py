@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 import httpx
+import torch
 from torch import Tensor
 
 from nemo_dapo.config import PartialAnswers, Precision, RolloutConfig
@@ -35,7 +36,7 @@ from nemo_dapo.rollout.client import ServerUnavailableError
 from nemo_dapo.rollout.fleet import Fleet, HopelessError, LostServerError, Member
 from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.progress import Counts, Progress
-from nemo_dapo.rollout.servers import ServersClosedError, VLLMServers
+from nemo_dapo.rollout.servers import ServersClosedError, Share, VLLMServers
 from nemo_dapo.tasks import all_or_none
 from nemo_dapo.types import Prompt, Sample, SamplingParams
 
@@ -166,7 +167,8 @@ class VLLMEngine:
         vocab_size = int(model.get("vocab_size") or model.get("text_config", {}).get("vocab_size") or 0)
         store = weight_sync.WeightStore(expected_weights(model_path), BYTES_PER_ELEMENT[precision])
         try:
-            servers = VLLMServers(config, model_path, precision, run_dir, seed, scratch=str(store.folder))
+            share = Share(seed, scratch=str(store.folder), on_cpu=not torch.cuda.is_available())
+            servers = VLLMServers(config, model_path, precision, run_dir / "servers", share)
             engine = cls(config, servers, store, stop_token_ids, vocab_size)
             engine._paused.append(STARTING)
             return engine

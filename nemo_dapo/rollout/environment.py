@@ -12,8 +12,6 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from nemo_dapo.config import Precision, RolloutConfig
 from nemo_dapo.environment import FULL_FP32
 from nemo_dapo.rollout.command import CPU_ENGINE_OPTIONS
@@ -48,17 +46,21 @@ def server_environment(
     api_key: str,
     inherited: Mapping[str, str],
     scratch: str = "",
+    *,
+    on_cpu: bool,
 ) -> dict[str, str]:
-    """Environment of server `index`: what it inherits of the trainer's, plus what vLLM reads.
+    """Environment of server `index` of the fleet: what it inherits of its node's agent's, plus what vLLM reads.
 
     Variables that the user has set win over our CPU defaults. Sockets and the like go to the folder `scratch`, which
     disappears with the run however that ends.
     """
-    cpu_defaults = {} if torch.cuda.is_available() else CPU_VARIABLES
+    cpu_defaults = CPU_VARIABLES if on_cpu else {}
     if cpu_defaults and config.vllm.get("enforce_eager", CPU_ENGINE_OPTIONS["enforce_eager"]):
         # Else one sampler function is still compiled by a C++ compiler, during the first request.
         cpu_defaults = {**cpu_defaults, "TORCH_COMPILE_DISABLE": "1"}
-    devices = {"CUDA_VISIBLE_DEVICES": config.visible_devices[index]} if config.visible_devices else {}
+    devices = {}
+    if config.visible_devices:
+        devices = {"CUDA_VISIBLE_DEVICES": config.visible_devices[index % config.num_servers]}
     ours = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes of weight transfer, pause and abort
         "VLLM_PLUGINS": "nemo_dapo",  # other packages' plugins import what a server does not need
@@ -71,9 +73,21 @@ def server_environment(
     }
     numerics = FULL_FP32 if precision is Precision.fp32 else {}
     kept = {key: value for key, value in inherited.items() if not is_trainers(key)}
-    if config.python and (folder := program_folder(config.python)) != program_folder(sys.executable):
-        kept = of_another_python(kept, folder)
-    return {**cpu_defaults, **kept, **devices, **places(scratch, inherited), **numerics, **ours}
+    return {
+        **cpu_defaults,
+        **for_interpreter(config.python, kept),
+        **devices,
+        **places(scratch, inherited),
+        **numerics,
+        **ours,
+    }
+
+
+def for_interpreter(python: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """`inherited` as the interpreter `python` can take it; '' is this one."""
+    if not python or (folder := program_folder(python)) == program_folder(sys.executable):
+        return dict(inherited)
+    return of_another_python(inherited, folder)
 
 
 def is_trainers(variable: str) -> bool:

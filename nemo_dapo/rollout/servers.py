@@ -82,11 +82,27 @@ class Server:
         return f"vLLM server {self.index} {how}. {self.log_path}:\n{log_excerpt(self.log_path, self.log_start)}"
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which of the fleet's servers these are, and what else their node decides."""
+
+    seed: int = 0  # of the fleet's first server
+    first: int = 0  # index in the fleet of the first of these
+    total: int = 0  # servers in the fleet; 0 = these are all
+    api_key: str = ""  # "" = by the configuration
+    address: str = ""  # of this host for others; "" = nobody else asks
+    scratch: str = ""  # folder for sockets and the like, which disappears with this process however that ends
+    on_cpu: bool = True
+
+
 class VLLMServers:
-    """The servers of one run. `start` returns when all are healthy; `close` leaves no process behind."""
+    """The servers of one node. `start` returns when all are healthy; `close` leaves no process behind.
+
+    An `index` is that of a server in the whole fleet.
+    """
 
     def __init__(
-        self, config: RolloutConfig, model_path: Path, precision: Precision, run_dir: Path, seed: int, scratch: str = ""
+        self, config: RolloutConfig, model_path: Path, precision: Precision, log_dir: Path, share: Share
     ) -> None:
         if config.visible_devices and len(config.visible_devices) != config.num_servers:
             raise ValueError(
@@ -96,20 +112,20 @@ class VLLMServers:
         self.config = config
         self.model_path = model_path
         self.precision = precision
-        self.scratch = scratch
-        self.api_key = choose_key(config)
+        self.share = share
+        self.api_key = share.api_key or choose_key(config)
         self.closing = threading.Event()
         self._spawning = threading.Lock()
-        log_dir = run_dir / "servers"
         log_dir.mkdir(parents=True, exist_ok=True)
         for session in sorted(log_dir.glob("server_*.session")):  # of an earlier run in this folder, which is dead
             if left := kill_session(str(session)):
                 log.warning("ended processes %s, which a killed run had left (%s)", left, session)
         ports = choose_ports(config.host, config.port, config.num_servers)
         # Unseeded sampling draws from the process's generator: two servers with one seed give the same samples.
+        host = connect_host(config.host, share.address)
         self.servers = [
-            Server(i, p, f"http://{connect_host(config.host)}:{p}", log_dir / f"server_{i}.log", seed + i)
-            for i, p in enumerate(ports)
+            Server(i, p, f"http://{host}:{p}", log_dir / f"server_{i}.log", share.seed + i)
+            for i, p in enumerate(ports, start=share.first)
         ]
 
     def __len__(self) -> int:
@@ -135,43 +151,49 @@ class VLLMServers:
             self.close()
             raise
 
+    def _server(self, index: int) -> Server:
+        return self.servers[index - self.share.first]
+
     def alive(self, index: int) -> bool:
-        return self.servers[index].process is not None and self.servers[index].exit_code() is None
+        server = self._server(index)
+        return server.process is not None and server.exit_code() is None
 
     def describe(self, index: int) -> str:
         """What a message says of a server that may live: number, process and log."""
-        server = self.servers[index]
+        server = self._server(index)
         return f"vLLM server {index} (pid {server.process.pid if server.process else '-'}, {server.log_path})"
 
     def describe_exit(self, index: int) -> str:
-        return self.servers[index].describe_exit()
+        return self._server(index).describe_exit()
 
     def restart(self, index: int) -> None:
         """Kill server `index` if it still runs, start it anew on its port and wait until it is healthy.
 
         The new one gets a new seed: with the old one it would draw the same samples once more.
         """
-        server = self.servers[index]
+        server = self._server(index)
         self._end(server, kill=True)
-        server.seed += len(self.servers)
+        server.seed += self.share.total or len(self.servers)
         self._spawn(server)
         self._wait_healthy(server, time.monotonic() + self.config.start_timeout)
 
-    def close(self) -> None:
-        """End all servers, in parallel, at once where they are still starting; safe to call twice, and from any thread."""
+    def close(self, *, kill: bool = False) -> None:
+        """End all servers, in parallel, at once where they are still starting or `kill` says so; safe to call twice, and
+        from any thread."""
         self.closing.set()
         with self._spawning:  # whoever was about to start one has done so, or will not
             started = [server for server in self.servers if server.process]
         for server in started:
-            self._ask_to_end(server, kill=not server.is_ready)
+            self._ask_to_end(server, kill=kill or not server.is_ready)
         for server in started:
-            self._end(server, kill=not server.is_ready)
+            self._end(server, kill=kill or not server.is_ready)
 
     def _spawn(self, server: Server) -> None:
         config = self.config
-        command = server_command(config, self.model_path, self.precision, server.port, server.seed)
+        share = self.share
+        command = server_command(config, self.model_path, self.precision, server.port, server.seed, on_cpu=share.on_cpu)
         wrapper = [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), str(END_GRACE_SECONDS)]
-        wrapper += [str(server.session_path), self.scratch]
+        wrapper += [str(server.session_path), share.scratch]
         with self._spawning, server.log_path.open("ab") as log_file:
             if self.closing.is_set():
                 raise ServersClosedError(f"vLLM server {server.index} is not started: the run ends")
@@ -182,7 +204,9 @@ class VLLMServers:
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
                 bufsize=0,
-                env=server_environment(config, self.precision, server.index, self.api_key, os.environ, self.scratch),
+                env=server_environment(
+                    config, self.precision, server.index, self.api_key, os.environ, share.scratch, on_cpu=share.on_cpu
+                ),
                 start_new_session=True,  # Ctrl-C in the terminal reaches the trainer alone, which then ends the servers
             )
 

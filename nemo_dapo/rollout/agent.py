@@ -1,0 +1,314 @@
+"""The agent of one serving node: owns that node's servers, for as long as the hub on rank 0 grants it a lease.
+
+    python -m nemo_dapo.rollout.agent --run-file runs/x/rollout.json
+
+Started by the run itself where trainer and servers share nodes, by a second `srun` step elsewhere. It ends with 0 when the
+hub says so or on SIGTERM, with 1 when its lease is lost (start it again: it joins again), with 2 when it is refused for
+good. Whatever ends it ends its servers: by itself, or by their guardians where it was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+from aiohttp import ClientWebSocketResponse, hdrs
+
+import nemo_dapo
+from nemo_dapo.config import Placement, Precision
+from nemo_dapo.rollout import host
+from nemo_dapo.rollout.command import listen_host
+from nemo_dapo.rollout.hub import TOKEN_VARIABLE
+from nemo_dapo.rollout.messages import (
+    CLOSE_SECONDS,
+    HELLO_SECONDS,
+    MAX_MESSAGE_BYTES,
+    PROTOCOL,
+    ROUTE,
+    Call,
+    Hello,
+    LeaseLostError,
+    Plan,
+    Refusal,
+    Report,
+    Result,
+    ServerState,
+    Stop,
+    Welcome,
+    decode,
+    heard,
+    options_heard,
+    say,
+)
+from nemo_dapo.rollout.servers import Share, VLLMServers
+
+log = logging.getLogger(__name__)
+
+ENDED, LOST, REFUSED = 0, 1, 2  # exit codes
+CONNECT_SECONDS = 5.0
+RETRY_SECONDS = 1.0
+LOOK_SECONDS = 0.2  # between two looks at the servers
+SECONDS_BETWEEN_WORDS = 15.0
+PULSE_SECONDS = 0.5
+
+
+class RefusedError(Exception):
+    """The hub does not take this agent, for a reason that another attempt would not change."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where the hub may be reached, any of these addresses, and the run's token."""
+
+    addresses: list[str]
+    token: str
+
+
+def read_door(run_file: Path) -> Door:
+    """Raises OSError or ValueError where the file is not there, not whole, or another user's business."""
+    said = json.loads(run_file.read_text())
+    return Door(list(said["addresses"]), str(said["token"]))
+
+
+async def connect(http: aiohttp.ClientSession, find: Callable[[], Door], patience: float) -> ClientWebSocketResponse:
+    """The hub's socket, as soon as it can be found: rank 0 may start later than its agents.
+
+    Raises TimeoutError after `patience` seconds, RefusedError for the wrong token.
+    """
+    started = said = time.monotonic()
+    while True:
+        try:
+            return await _try_door(http, find())
+        except (aiohttp.ClientError, OSError, ValueError, KeyError, asyncio.TimeoutError) as problem:
+            now, trouble = time.monotonic(), f"{type(problem).__name__}: {problem}"
+        if now - started > patience:
+            raise TimeoutError(f"no hub was found in {patience:.0f} s; is rank 0 running? The last attempt: {trouble}")
+        if now - said > SECONDS_BETWEEN_WORDS:
+            said = now
+            log.info("looking for the hub for %.0f s; the last attempt: %s", now - started, trouble)
+        await asyncio.sleep(RETRY_SECONDS)
+
+
+async def _try_door(http: aiohttp.ClientSession, door: Door) -> ClientWebSocketResponse:
+    trouble: Exception = ValueError("it names no address")
+    for address in door.addresses:
+        try:
+            return await http.ws_connect(
+                f"http://{address}{ROUTE}",
+                headers={hdrs.AUTHORIZATION: f"Bearer {door.token}"},
+                autoping=False,
+                timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_SECONDS),
+                max_msg_size=MAX_MESSAGE_BYTES,
+            )
+        except aiohttp.WSServerHandshakeError as answer:
+            if answer.status == 401:
+                raise RefusedError(
+                    f"the hub at {address} does not accept this token: use the --run-file of the run that is at work, or "
+                    f"set {TOKEN_VARIABLE} to the value that rank 0 has"
+                ) from answer
+            trouble = answer
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as problem:
+            trouble = problem
+    raise trouble
+
+
+class Agent:
+    """One registration of a node: from the hub's welcome to the end of the lease."""
+
+    def __init__(self, socket: ClientWebSocketResponse, plan: Plan, servers: VLLMServers) -> None:
+        self.socket, self.plan, self.servers = socket, plan, servers
+        self._said: dict[int, ServerState] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self, words: AsyncGenerator[str, None]) -> None:
+        """Do what the hub calls for until it says stop; raises LeaseLostError when it says nothing any more."""
+        watching = asyncio.ensure_future(self._watch())
+        try:
+            async for text in words:
+                message = decode(text, Call, Stop)
+                if isinstance(message, Stop):
+                    return
+                task = asyncio.ensure_future(self._answer(message))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        finally:
+            watching.cancel()
+
+    async def _answer(self, call: Call) -> None:
+        actions = {"start": self.servers.start, "restart": lambda: self.servers.restart(call.index)}
+        result = Result(call.number)
+        try:
+            await asyncio.to_thread(actions[call.action])
+        except (RuntimeError, OSError, ValueError) as problem:  # of the servers; rank 0 decides what it means
+            result = Result(call.number, str(problem), type(problem).__name__)
+        await self._say_states()
+        await say(self.socket, result)
+
+    async def _watch(self) -> None:
+        while True:
+            await self._say_states()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _say_states(self) -> None:
+        """Tell the hub of every server that is not as it was last told."""
+        for server in self.servers.servers:
+            process, code = server.process, server.exit_code()
+            state = ServerState(server.index, process.pid if process else 0, server.url, server.is_ready)
+            last = self._said.get(server.index)
+            if code is not None:
+                if last and last.ended and last.pid == state.pid:
+                    continue
+                state = dataclasses.replace(state, ended=await asyncio.to_thread(server.describe_exit))
+            if state != last:
+                self._said[server.index] = state
+                await say(self.socket, state)
+
+
+def prepare(plan: Plan, address: str, gpus: list[str], scratch: str) -> tuple[Report, VLLMServers | None]:
+    """What the hub wants to know of this node, and the servers where nothing speaks against them. Blocks."""
+    config = options_heard(plan.rollout)
+    report, has_cpu_build = host.look(plan, config, address)
+    on_cpu = has_cpu_build or not gpus
+    problems = list(report.problems)
+    if not Path(plan.shared_file).exists():
+        problems.append(
+            f"{Path(plan.shared_file).parent}, the run's output_dir, is another folder there: put output_dir on a file "
+            "system that all nodes see"
+        )
+    if plan.spans_hosts:
+        config.host = listen_host(config.host, address)
+    try:
+        if config.placement is not Placement.local and not on_cpu and not config.visible_devices:
+            config.visible_devices = host.share_gpus(gpus, config.num_servers, host.gpus_each(config.vllm))
+        share = Share(
+            seed=plan.seed,
+            first=plan.first,
+            total=plan.total,
+            api_key=plan.api_key,
+            address=address,
+            scratch=scratch,
+            on_cpu=on_cpu,
+        )
+        if not problems:
+            model, precision = Path(plan.model_path), Precision(plan.precision)
+            return report, VLLMServers(config, model, precision, Path(plan.log_dir), share)
+    except (ValueError, OSError) as problem:
+        problems.append(str(problem))
+    return dataclasses.replace(report, problems=problems), None
+
+
+async def register(socket: ClientWebSocketResponse, name: str, gpus: list[str], scratch: str) -> Agent:
+    """Say hello, look at the plan, be welcome. Raises RefusedError, or LeaseLostError where it is worth another attempt."""
+    async with contextlib.aclosing(heard(socket, 2 * HELLO_SECONDS)) as words:
+        await say(socket, Hello(PROTOCOL, nemo_dapo.__version__, name, os.getpid(), gpus))
+        plan = _accepted(decode(await anext(words), Plan, Refusal))
+        assert isinstance(plan, Plan)
+        address = socket.get_extra_info("sockname")[0]
+        looking = asyncio.ensure_future(asyncio.to_thread(prepare, plan, address, gpus, scratch))
+        answer = asyncio.ensure_future(anext(words))  # listens, and so answers pings, while the node is looked at
+        await asyncio.wait({looking, answer}, return_when=asyncio.FIRST_COMPLETED)
+        if not looking.done():
+            answer.result()  # raises: the hub has nothing to say before the report
+        report, servers = await looking
+        await say(socket, report)
+        _accepted(decode(await answer, Welcome, Refusal))
+    if servers is None:
+        raise RefusedError("; ".join(report.problems))
+    return Agent(socket, plan, servers)
+
+
+def _accepted(message: Plan | Welcome | Refusal) -> Plan | Welcome:
+    if isinstance(message, Refusal):
+        raise RefusedError(message.reason) if message.is_final else LeaseLostError(message.reason)
+    return message
+
+
+async def run(find: Callable[[], Door], patience: float, *, has_pulse: bool = False) -> int:
+    """One registration, whole; returns the exit code."""
+    scratch = tempfile.mkdtemp(prefix="nemo_dapo_agent_")
+    life = asyncio.ensure_future(_live(find, patience, scratch))
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, life.cancel)
+    pulse = asyncio.ensure_future(_pulse(life)) if has_pulse else None
+    try:
+        await life
+    except asyncio.CancelledError:
+        return ENDED
+    except RefusedError as refusal:
+        log.error("refused: %s", refusal)
+        return REFUSED
+    except (LeaseLostError, TimeoutError, ValueError) as problem:
+        log.error("the lease is lost: %s", problem)
+        return LOST
+    finally:
+        if pulse:
+            pulse.cancel()
+        shutil.rmtree(scratch, ignore_errors=True)
+    return ENDED
+
+
+async def _live(find: Callable[[], Door], patience: float, scratch: str) -> None:
+    name, gpus = host.node_name(), await asyncio.to_thread(host.gpu_uuids, os.environ)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
+    async with aiohttp.ClientSession(trust_env=False, timeout=timeout) as http:
+        socket = await connect(http, find, patience)
+        agent = await register(socket, name, gpus, scratch)
+        is_wanted = True
+        try:
+            lease = float(agent.plan.rollout["lease_seconds"])
+            log.info("node %s serves: place %d, logs in %s", name, agent.plan.slot, agent.plan.log_dir)
+            async with contextlib.aclosing(heard(socket, lease)) as words:
+                await agent.serve(words)
+        except LeaseLostError:
+            is_wanted = False
+            raise
+        finally:
+            # Nobody waits for answers of servers whose lease is lost: the node is to be back soon.
+            await asyncio.shield(asyncio.to_thread(agent.servers.close, kill=not is_wanted))
+            await socket.close()
+
+
+async def _pulse(life: asyncio.Future[None]) -> None:
+    """Show whoever started this process that it is not stopped: a byte on standard output now and then."""
+    while True:
+        try:
+            os.write(1, b".")
+        except OSError:  # nobody is there any more
+            life.cancel()
+            return
+        await asyncio.sleep(PULSE_SECONDS)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m nemo_dapo.rollout.agent", description=__doc__.split("\n")[0])
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--run-file", type=Path, help="rollout.json in the run's folder, which rank 0 writes")
+    where.add_argument("--controller", help=f"HOST:PORT[,HOST:PORT…] of the hub; the token is {TOKEN_VARIABLE}")
+    parser.add_argument("--patience", type=float, default=1800.0, help="seconds to look for the hub")
+    parser.add_argument("--pulse", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s agent %(message)s", stream=sys.stderr)
+    token = os.environ.pop(TOKEN_VARIABLE, "")  # not for the servers
+
+    def find() -> Door:
+        return read_door(options.run_file) if options.run_file else Door(options.controller.split(","), token)
+
+    return asyncio.run(run(find, options.patience, has_pulse=options.pulse))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

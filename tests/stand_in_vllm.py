@@ -1,0 +1,47 @@
+"""The stand-in server as a process that is started, asked and ended as vLLM's is: for tests of what is around it alone.
+
+`interpreter` writes the program that stands for rollout.python.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import urllib.parse
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = """#!/bin/sh
+export PYTHONPATH={root}
+case "$*" in
+  *nemo_dapo.rollout.probe*) {probe} ;;
+  *) exec {python} -m tests.stand_in_vllm "$@" ;;
+esac
+"""
+
+
+def interpreter(path: Path, probe: str = "") -> str:
+    """A program that says what versions it has, or does `probe` instead, and otherwise runs the stand-in server."""
+    path.write_text(SCRIPT.format(root=ROOT, python=sys.executable, probe=probe or f'exec {sys.executable} "$@"'))
+    path.chmod(0o755)
+    return str(path)
+
+
+def main() -> None:
+    from nemo_dapo.rollout.challenge import NONCE_PARAMETER, proof
+    from tests.stand_in_server import Handler, StandIn, say
+
+    class Server(StandIn):
+        def control(self, handler: Handler) -> None:
+            where = urllib.parse.urlsplit(handler.path)
+            if where.path == "/health":
+                nonce = urllib.parse.parse_qs(where.query)[NONCE_PARAMETER][0]
+                say(handler, proof(os.environ["VLLM_API_KEY"], nonce, self.server_address[1]))
+            else:
+                super().control(handler)
+
+    Server(port=int(sys.argv[sys.argv.index("--port") + 1])).thread.join()
+
+
+if __name__ == "__main__":
+    main()
