@@ -234,7 +234,7 @@ async def rollout(
         dynamic_sampling=args.informative < 1,
     )
     beats: list[Future[None] | asyncio.Task[None]] = [
-        engine._loop.submit(hearts[0].beat()),
+        engine.loop.submit(hearts[0].beat()),
         asyncio.create_task(hearts[1].beat()),
     ]
     try:

@@ -70,11 +70,11 @@ def never_stop(engine: VLLMEngine) -> None:
         return json.dumps(body).encode()
 
     client.request_body = endless
-    engine.stop_token_ids = []
+    engine.requests.stop_token_ids = []
 
 
 def use_route(engine: VLLMEngine, has_frames: bool) -> None:
-    engine._asked = [dataclasses.replace(asked, has_frames=has_frames) for asked in engine._asked]
+    engine.upkeep.asked = [dataclasses.replace(asked, has_frames=has_frames) for asked in engine.upkeep.asked]
 
 
 async def rollout(engine: VLLMEngine, shape: Shape) -> None:

@@ -5,6 +5,7 @@ The real server is tested in test_rollout_vllm.py; this one does what a real one
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -71,6 +72,19 @@ def trickle(handler: Handler) -> None:
     say(handler, b"", claimed=1 << 30)
     while not handler.server.closing.wait(0.05):
         handler.wfile.write(b"N")
+
+
+def without_end(count: int) -> Act:
+    """Frames of `count` tokens in their right order, for ever."""
+
+    def act(handler: Handler) -> None:
+        say(handler, b"", claimed=1 << 40)
+        for number in itertools.count():
+            if handler.server.closing.is_set():
+                return
+            handler.wfile.write(wire.encode(wire.TOKENS, number, number * count, [2] * count, [-1.0] * count))
+
+    return act
 
 
 def close_in_the_middle(handler: Handler) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import itertools
 import json
+import re
 import socket
 import struct
 import threading
@@ -20,11 +21,13 @@ import torch
 from nemo_dapo.config import PartialAnswers, RolloutConfig
 from nemo_dapo.hf_folder import ExpectedWeights
 from nemo_dapo.rollout import client, wire
-from nemo_dapo.rollout import engine as engine_module
 from nemo_dapo.rollout import fleet as fleet_module
-from nemo_dapo.rollout.engine import MAX_LATE, MAX_LOST, MAX_TRIES, VLLMEngine
+from nemo_dapo.rollout import requests as requests_module
+from nemo_dapo.rollout import upkeep as upkeep_module
+from nemo_dapo.rollout.engine import VLLMEngine
 from nemo_dapo.rollout.fleet import MAX_RESTARTS, Fleet
 from nemo_dapo.rollout.progress import Progress
+from nemo_dapo.rollout.requests import MAX_LATE, MAX_LOST, MAX_TRIES
 from nemo_dapo.rollout.weight_sync import WeightStore
 from nemo_dapo.sampling import GroupSampler
 from nemo_dapo.types import Prompt, Sample, SamplingParams, Verdict, VersionSpan
@@ -106,22 +109,21 @@ def test_every_sample_is_a_request_of_its_own_without_a_seed_and_earlier_groups_
 
 
 def test_both_routes_give_the_same_sample(start, engine_over):
-    framed, plain = start(), start()
-    plain.has_frames = False
-    servers = StandInServers(framed.url, plain.url)
-    engine = engine_over(servers)
-    for index in range(2):
-        engine._prepare(index)
-    groups = generate(engine, groups=2)
-    assert (framed.requests, plain.requests) == (1, 1)
-    assert groups[0] == groups[1]
+    answers = []
+    for has_frames in (True, False):
+        server = start()
+        server.has_frames = has_frames
+        engine = engine_over(StandInServers(server.url))
+        engine.upkeep.prepare(0)
+        answers.append(generate(engine))
+    assert answers[0] == answers[1]
 
 
 def test_a_server_without_our_route_is_asked_by_json_aloud(start, engine_over, caplog):
     server = start()
     server.has_frames = False
     engine = engine_over(StandInServers(server.url))
-    engine._prepare(0)
+    engine.upkeep.prepare(0)
     assert generate(engine)
     assert "140 bytes a token instead of 8" in caplog.text
 
@@ -174,7 +176,7 @@ def test_a_cancelled_request_closes_its_connection_and_gives_its_place_back(star
             await task
 
     asyncio.run(cancel())
-    assert wait_for(lambda: engine._fleet.members[0].load == 0)
+    assert wait_for(lambda: engine.upkeep.fleet.members[0].load == 0)
     assert server.dropped.wait(20)
 
 
@@ -195,7 +197,7 @@ SICK: dict[str, stand.Act] = {
     "flips a bit": stand.answer(GOOD[:40] + bytes([GOOD[40] ^ 4]) + GOOD[41:]),
     "sends its answer twice": stand.answer(GOOD + GOOD),
     "lies about the count": stand.answer(GOOD[:16] + struct.pack("<I", 99) + GOOD[20:]),
-    "goes on for ever": stand.answer(b"".join(wire.encode(wire.TOKENS, i, i, [2], [-1.0]) for i in range(50))),
+    "goes on for ever": stand.without_end(1),
     "compresses a bomb": stand.answer(gzip.compress(b"0" * (1 << 20)), Content_Encoding="gzip"),
     "fails at generating": stand.answer(wire.encode_failed(0, 0, "failed: EngineDeadError")),
     "aborts": stand.answer(stand.frames(reason="abort")),
@@ -212,9 +214,7 @@ SICK: dict[str, stand.Act] = {
     ),
     "skips tokens": stand.answer(wire.encode(wire.TOKENS, 0, 1, [2], [-1.0]) + GOOD),
     "skips a frame": stand.answer(wire.encode(wire.TOKENS, 1, 0, [2], [-1.0]) + GOOD),
-    "sends frames without tokens for ever": stand.answer(
-        b"".join(wire.encode(wire.TOKENS, i, 0, [], []) for i in range(50))
-    ),
+    "sends frames without tokens for ever": stand.without_end(0),
     "says that it was cut though it was not": stand.answer(stand.frames(reason="length")),
     "names a negative token": stand.answer(stand.frames([2, -1, 1])),
     "stops at a token that ends nothing": stand.answer(stand.frames([2, 3, 4])),
@@ -298,7 +298,7 @@ def test_a_step_collects_its_groups_beside_a_sick_server(kind, start, engine_ove
     sick.has_frames = healthy.has_frames = kind not in ("truncated JSON", "log-probability -9999", "no choices")
     engine = engine_over(StandInServers(sick.url, healthy.url), progress_timeout=0.4)
     for index in range(2):
-        engine._prepare(index)
+        engine.upkeep.prepare(index)
     sampler = GroupSampler(engine, Alternating(), Numbers(), group_size=2, params=PARAMS, timeout=60.0)
     collected = asyncio.run(sampler.collect(20))
     assert len({group.prompt.uid for group in collected.groups}) == 20
@@ -311,7 +311,7 @@ def test_json_that_is_no_answer_beside_a_healthy_server_costs_no_sample(kind, st
     sick.has_frames = healthy.has_frames = False
     engine = engine_over(StandInServers(sick.url, healthy.url))
     for index in range(2):
-        engine._prepare(index)
+        engine.upkeep.prepare(index)
     groups = generate(engine, groups=4)
     assert [[spelled(s) for s in group] for group in groups] == [["bc"]] * 4
     assert sick.requests
@@ -453,7 +453,7 @@ def metrics(tokens: int) -> str:
 
 @pytest.mark.parametrize("said", [b"<html>proxy\x1b</html>", b"<html>proxy\x1b</html>" * 9])
 def test_the_only_server_garbling_for_ever_ends_the_run_with_its_name_and_words(said, start, engine_over, monkeypatch):
-    monkeypatch.setattr(engine_module, "MAX_BACKOFF_SECONDS", 0.2)
+    monkeypatch.setattr(requests_module, "MAX_BACKOFF_SECONDS", 0.2)
     server = start(stand.answer(said))
     with pytest.raises(RuntimeError, match=r"vLLM server 0 \(pid 0, server_0.log\).*b'<html>"):
         generate(engine_over(StandInServers(server.url)))
@@ -501,11 +501,11 @@ def test_a_server_is_not_restarted_with_weights_that_are_gone(engine_over):
     servers = StandInServers(closed_url())
     servers.dead = {0}
     engine = engine_over(servers)
-    engine._files = None
+    engine.upkeep.files = None
     with pytest.raises(RuntimeError, match="the last update failed, so there are no weights"):
         generate(engine)
     engine = engine_over(servers)
-    engine._files = [Path("/dev/shm/nemo_dapo_weights_x/version_1.safetensors")]
+    engine.upkeep.files = [Path("/dev/shm/nemo_dapo_weights_x/version_1.safetensors")]
     with pytest.raises(RuntimeError, match=r"version_1.safetensors was removed: exclude .*/nemo_dapo_weights_\*"):
         generate(engine)
     assert servers.restarts == []
@@ -514,6 +514,11 @@ def test_a_server_is_not_restarted_with_weights_that_are_gone(engine_over):
 # -------------------------------------------------------------------- updates of sick servers
 
 WEIGHTS = [("w", torch.ones(2))]
+
+
+def current(handler: stand.Handler) -> None:
+    """A good answer under the weights that the server was given last."""
+    stand.say(handler, stand.frames(version=int(handler.server.version)))
 
 
 @pytest.mark.parametrize(
@@ -536,6 +541,96 @@ def test_a_server_that_fails_at_an_update_is_restarted_and_gets_it_again(sick, r
     assert servers.restarts == [0]
     assert (server.version, other.version) == ("5", "5")
     assert "restarting vLLM server 0 (pid 0, server_0.log)" in caplog.text
+
+
+def stop_listening(handler: stand.Handler) -> None:
+    """As vLLM's API server does when its engine is gone while a call still waits for it."""
+    handler.server.socket.close()
+    stand.hang(handler)
+
+
+@pytest.mark.parametrize("route", ["/pause", "/update_weights", "/sleep", "/init_weight_transfer_engine"])
+@pytest.mark.parametrize(
+    ("sick", "health", "said"),
+    [
+        (stand.hang, stand.answer(b"", 503), r"its engine process is gone \(/health answers 503\)"),
+        (stop_listening, stand.good, "it refused 3 connections in a row"),
+    ],
+)
+def test_a_call_that_a_dead_engine_never_answers_is_not_waited_for(
+    route, sick, health, said, start, engine_over, caplog, monkeypatch
+):
+    """With limits of an hour, this test would not end else."""
+    monkeypatch.setattr(upkeep_module, "PULSE_SECONDS", 0.02)
+    server, fresh = start(), start()
+    server.sick_calls = {route: [sick], "/health": [health] * 9}
+    servers = StandInServers(server.url)
+    servers.cures[0] = lambda: setattr(servers.servers[0], "url", fresh.url)
+    engine = engine_over(servers, sync_timeout=3600.0, vllm={"enable_sleep_mode": True})
+    if route == "/init_weight_transfer_engine":
+        with pytest.raises(ConnectionError, match=said):
+            engine.upkeep.prepare(0)
+        return
+    engine.sleep()
+    engine.wake_up()
+    engine.update_weights(WEIGHTS, 5)
+    assert (servers.restarts, fresh.version) == ([0], "5")
+    assert re.search(said, caplog.text)
+
+
+def test_a_server_whose_process_ends_during_a_call_is_not_waited_for(start, engine_over, caplog, monkeypatch):
+    monkeypatch.setattr(upkeep_module, "PULSE_SECONDS", 0.02)
+    server = start()
+    servers = StandInServers(server.url)
+    servers.cures[0] = lambda: None
+
+    def die(handler: stand.Handler) -> None:
+        servers.dead = {0}
+        stand.hang(handler)
+
+    server.sick_calls["/update_weights"] = [die]
+    engine = engine_over(servers, sync_timeout=3600.0, progress_timeout=3600.0)
+    engine.update_weights(WEIGHTS, 5)
+    assert (servers.restarts, server.version) == ([0], "5")
+    assert "vLLM server 0 ended" in caplog.text
+
+
+def test_a_slow_call_of_a_server_that_is_well_is_waited_for(start, engine_over, monkeypatch):
+    monkeypatch.setattr(upkeep_module, "PULSE_SECONDS", 0.02)
+    server = start()
+    looks = [stand.answer(b"", 500), stand.close_in_the_middle, stand.answer(b"")]
+
+    def be_slow(handler: stand.Handler) -> None:
+        assert wait_for(lambda: not server.sick_calls["/health"])  # for as long as three looks at it
+        stand.say(handler, b"{}")
+
+    server.sick_calls = {"/update_weights": [be_slow], "/health": looks}
+    servers = StandInServers(server.url)
+    engine_over(servers).update_weights(WEIGHTS, 5)
+    assert (servers.restarts, server.version) == ([], "5")
+
+
+def test_no_answer_of_the_old_weights_is_refused_or_called_new_while_servers_pause(start, engine_over):
+    """Requests that are sent until the last server has paused are answered under the weights that they expect."""
+    first, last = start(current), start(current)
+    engine = engine_over(StandInServers(first.url, last.url))
+    seen: list[tuple[VersionSpan, ...]] = []
+
+    def ask_before_pausing(handler: stand.Handler) -> None:
+        assert wait_for(lambda: "/pause" in first.calls)
+        for _ in range(2):  # one on each server
+            seen.extend(one.versions for one in generate(engine)[0])
+        stand.say(handler, b"{}")
+
+    def see_version(handler: stand.Handler) -> None:
+        assert engine.version == 5
+        stand.say(handler, b"{}")
+
+    last.sick_calls = {"/pause": [ask_before_pausing], "/update_weights": [see_version]}
+    engine.update_weights(WEIGHTS, 5)
+    assert seen == [(VersionSpan(0, 0, 3),)] * 2
+    assert (first.requests + last.requests, engine.restarts) == (2, 0)
+    assert generate(engine)[0][0].versions == (VersionSpan(5, 0, 3),)
 
 
 def test_weights_that_even_a_fresh_server_refuses_end_the_run_after_one_restart(start, engine_over):
@@ -570,11 +665,6 @@ def test_an_answer_under_older_weights_than_the_request_s_is_not_trained_on(star
     assert stale.requests
 
 
-def current(handler: stand.Handler) -> None:
-    """A good answer under the weights that the server was given last."""
-    stand.say(handler, stand.frames(version=int(handler.server.version)))
-
-
 def test_an_update_does_not_wait_for_a_restart_under_way_which_ends_with_the_new_weights(start, engine_over):
     sick, well = start(current), start(current)
     servers = StandInServers(sick.url, well.url)
@@ -590,8 +680,8 @@ def test_an_update_does_not_wait_for_a_restart_under_way_which_ends_with_the_new
     assert len(generate(engine)) == 1  # with the server that is up
     ready.set()
     assert wait_for(lambda: sick.version == "2")
-    assert wait_for(lambda: not engine._fleet.members[0].is_down)
-    assert not engine._fleet.members[0].given_up
+    assert wait_for(lambda: not engine.upkeep.fleet.members[0].is_down)
+    assert not engine.upkeep.fleet.members[0].given_up
 
 
 def test_an_update_reaches_a_server_whose_restart_ended_with_the_weights_before(start, engine_over):
@@ -641,7 +731,7 @@ def test_requests_of_a_server_that_is_restarted_go_elsewhere_meanwhile(start, en
     try:
         assert [len(group) for group in generate(engine, n=2, groups=4)] == [2] * 4
         assert servers.restarts == [0]
-        assert engine._fleet.members[0].is_down
+        assert engine.upkeep.fleet.members[0].is_down
     finally:
         ready.set()
 
@@ -652,7 +742,7 @@ def test_a_request_that_is_cancelled_does_not_end_the_restart_it_began(start, en
     ready = threading.Event()
     servers.cures[0] = lambda: ready.wait(20)  # type: ignore[assignment,return-value]
     servers.dead, servers.servers[0].url = {0}, closed_url()
-    engine._asked[0] = client.Server(servers.servers[0].url)
+    engine.upkeep.asked[0] = client.Server(servers.servers[0].url)
 
     async def begin_and_cancel() -> None:
         task = asyncio.create_task(engine.generate(PROMPT, 1, PARAMS))
@@ -663,7 +753,7 @@ def test_a_request_that_is_cancelled_does_not_end_the_restart_it_began(start, en
 
     try:
         asyncio.run(begin_and_cancel())
-        assert engine._fleet.members[0].is_down
+        assert engine.upkeep.fleet.members[0].is_down
     finally:
         ready.set()
 
@@ -676,7 +766,7 @@ def test_a_prompt_that_servers_die_of_is_named_after_a_bound(start, engine_over)
     def die(handler: stand.Handler) -> None:
         servers.dead = {0, 1}
         stand.close_in_the_middle(handler)
-        for member in engine._fleet.members:
+        for member in engine.upkeep.fleet.members:
             member.restarts = -9  # as after good answers to others
 
     for index, server in enumerate(deadly):
@@ -772,11 +862,11 @@ def test_requests_begin_a_few_at_a_turn_of_the_event_loop(engine_over: Callable[
 
     async def begin() -> None:
         nonlocal begun
-        await engine._turn()
+        await engine.requests.turn()
         begun += 1
 
     async def begun_each_turn() -> list[int]:
-        waiting = [asyncio.ensure_future(begin()) for _ in range(10 * engine_module.STARTS_AT_ONCE)]
+        waiting = [asyncio.ensure_future(begin()) for _ in range(10 * requests_module.STARTS_AT_ONCE)]
         counts = [0]
         while not all(one.done() for one in waiting):
             await asyncio.sleep(0)
@@ -784,8 +874,8 @@ def test_requests_begin_a_few_at_a_turn_of_the_event_loop(engine_over: Callable[
         return [after - before for before, after in itertools.pairwise(counts)]
 
     each_turn = engine._run(begun_each_turn())
-    assert sum(each_turn) == 10 * engine_module.STARTS_AT_ONCE
-    assert 0 < max(each_turn) <= engine_module.STARTS_AT_ONCE
+    assert sum(each_turn) == 10 * requests_module.STARTS_AT_ONCE
+    assert 0 < max(each_turn) <= requests_module.STARTS_AT_ONCE
 
 
 @pytest.mark.parametrize(("hard", "allowed"), [(20_000, 8_704), (4_096, 4_096)])

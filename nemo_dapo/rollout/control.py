@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -17,6 +17,9 @@ MAX_ANSWER_BYTES = 8 << 20  # /metrics of a busy server is the largest
 
 class ServerDiedError(ConnectionError):
     """The API server says that the process with the model is gone; it ends itself a moment later."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,17 @@ async def call(
         said = f"{route} of {http.base_url} failed: HTTP {reply.status} {printable(reply.text, 500)}"
         raise ServerDiedError(said) if reply.status >= 500 and "EngineCore" in reply.text else RuntimeError(said)
     return reply
+
+
+async def unless(death: Awaitable[str], work: Awaitable[T]) -> T:
+    """What `work` returns; raises ServerDiedError as soon as `death` says why it never will."""
+    working, dying = asyncio.ensure_future(work), asyncio.ensure_future(death)
+    try:
+        await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ServerDiedError(dying.result())
+    finally:
+        working.cancel()
+        dying.cancel()
+        await asyncio.gather(working, dying, return_exceptions=True)

@@ -145,7 +145,7 @@ async def push_weights(http: httpx.AsyncClient, files: Iterable[Path], version: 
     refuses a call or ends up with another version, ServerDiedError or httpx.TransportError when it is gone, TimeoutError
     when it is late.
     """
-    await call(http, "POST", "/pause", deadline, params={"mode": "keep"})
+    await pause(http, deadline)
     await call(http, "POST", "/start_weight_update", deadline, may_be_absent=True)
     update = {"update_info": {"paths": [str(file) for file in files]}}
     await call(http, "POST", "/update_weights", deadline, json=update)
@@ -154,6 +154,11 @@ async def push_weights(http: httpx.AsyncClient, files: Iterable[Path], version: 
     # The version last: tokens carry it only once the weights and the cache are the new ones.
     await set_version(http, version, deadline)
     await call(http, "POST", "/resume", deadline)
+
+
+async def pause(http: httpx.AsyncClient, deadline: float) -> None:
+    """Freeze the requests of a server, those to come too; it may be paused already."""
+    await call(http, "POST", "/pause", deadline, params={"mode": "keep"})
 
 
 async def set_version(http: httpx.AsyncClient, version: int, deadline: float) -> None:

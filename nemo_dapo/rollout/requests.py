@@ -1,0 +1,183 @@
+"""Each of a group's samples as a request of its own, sent to the same server for its prefix cache.
+
+One that fails is asked for again alone, elsewhere where there is an elsewhere (`fleet`), going on with what had come
+(`progress`), within bounds that end a run rather than let it try for ever. R response tokens, K of them kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from nemo_dapo.config import PartialAnswers, RolloutConfig
+from nemo_dapo.rollout import answers, client, wire
+from nemo_dapo.rollout.answers import UnusableAnswerError
+from nemo_dapo.rollout.client import ServerUnavailableError
+from nemo_dapo.rollout.fleet import LostServerError, Member
+from nemo_dapo.rollout.progress import Counts, Progress
+from nemo_dapo.rollout.upkeep import Upkeep
+from nemo_dapo.tasks import all_or_none
+from nemo_dapo.types import Prompt, Sample, SamplingParams
+
+log = logging.getLogger(__name__)
+
+MAX_TRIES = 8  # of one sample that servers answer with something unusable
+MAX_LATE = 2  # times that one sample may be late
+MAX_LOST = 4  # times that one sample's server may be lost under it: its prompt may be the cause
+FIRST_BACKOFF_SECONDS = 0.2
+MAX_BACKOFF_SECONDS = 10.0
+STARTS_AT_ONCE = 8  # groups or samples, in one turn of the event loop
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for; `body` is the request for one whole sample of it."""
+
+    prompt: Prompt
+    params: SamplingParams
+    priority: int | None
+    body: bytes
+
+
+class LateError(Exception):
+    """A sample took longer than rollout.request_timeout."""
+
+
+class Requests:
+    """Samples from the servers of `upkeep`, by whatever requests it takes; everything but `asked` runs in its event loop.
+
+    `partial` counts the tokens of answers that broke off. `vocab_size` 0 = unknown.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        upkeep: Upkeep,
+        http: aiohttp.ClientSession,
+        stop_token_ids: list[int],
+        vocab_size: int = 0,
+    ) -> None:
+        self.config, self.upkeep, self.http = config, upkeep, http
+        self.stop_token_ids, self.vocab_size = stop_token_ids, vocab_size
+        lengths = config.max_prompt_length + config.max_response_length
+        self.max_model_len = int(config.vllm.get("max_model_len") or lengths)
+        self.partial = Counts()
+        self._by_priority = config.vllm.get("scheduling_policy", "priority") == "priority"
+        self._submissions = itertools.count()
+        self._starting = asyncio.Semaphore(STARTS_AT_ONCE)
+
+    def asked(self, prompt: Prompt, params: SamplingParams) -> Asked:
+        """The next submission; raises ValueError for a prompt that cannot fit."""
+        needed = len(prompt.token_ids) + params.max_tokens
+        if needed > self.max_model_len:
+            raise ValueError(
+                f"prompt {prompt.uid} has {len(prompt.token_ids)} tokens, with max_tokens={params.max_tokens} that is "
+                f"{needed}, but the servers hold {self.max_model_len}: shorten it, or raise rollout.vllm.max_model_len"
+            )
+        # Earlier groups first: a server short of memory preempts the newest.
+        priority = next(self._submissions) if self._by_priority else None
+        return Asked(prompt, params, priority, client.request_body(prompt, params, self.stop_token_ids, priority))
+
+    async def group(self, asked: Asked, n: int) -> list[Sample]:
+        """`n` samples, from one server where it serves them all."""
+        await self.turn()
+        member = await self.upkeep.fleet.take(n)
+        return await all_or_none([self._sample(asked, member) for _ in range(n)])
+
+    async def turn(self) -> None:
+        """Wait for a turn of the event loop in which few others start: all at once would block it for seconds."""
+        async with self._starting:
+            await asyncio.sleep(0)
+
+    async def _sample(self, asked: Asked, member: Member) -> Sample:
+        """One sample, by as many tries as it takes within their bounds; one place on `member` is already taken."""
+        fleet, prompt, progress = self.upkeep.fleet, asked.prompt, self._no_progress(asked)
+        tries = late = lost = 0
+        for backoff in _backoffs():
+            life = member.life
+            try:
+                life = await fleet.ready(member)
+                answer = await self._try(asked, progress, member)
+                fleet.served(member)
+                progress.finish()
+                return Sample(answer.token_ids, answer.logprobs, answer.finish_reason, answer.versions)
+            except (ServerUnavailableError, LostServerError, UnusableAnswerError, LateError) as problem:
+                fault = f"{self.upkeep.describe(member.index)}: {problem}"
+                is_unusable, is_late = isinstance(problem, UnusableAnswerError), isinstance(problem, LateError)
+                progress.fail(self.upkeep.version, is_trusted=not is_unusable)
+            finally:
+                fleet.give(member)
+            tries, late = tries + is_unusable, late + is_late
+            if late > MAX_LATE:
+                raise TimeoutError(f"{fault}; that was the {late}th time, raise rollout.request_timeout or see the log")
+            if tries >= MAX_TRIES:
+                raise RuntimeError(f"{tries} answers for prompt {prompt.uid} could not be used; the last: {fault}")
+            log.warning("prompt %s will be sent again: %s", prompt.uid, fault)
+            await fleet.report(member, life, fault, is_fatal=is_late)
+            lost += life.lost.done() and not is_late
+            if lost > MAX_LOST:
+                raise RuntimeError(
+                    f"servers had to be restarted {lost} times while they sampled prompt {prompt.uid} "
+                    f"({len(prompt.token_ids)} tokens); the last: {fault}"
+                )
+            await asyncio.sleep(backoff)
+            member = await fleet.take(1, is_retry=True)
+        raise AssertionError("backoffs never end")
+
+    def _no_progress(self, asked: Asked) -> Progress:
+        stops = frozenset(self.stop_token_ids)
+        expected = answers.Expected(asked.prompt.uid, asked.params.max_tokens, stops, self.vocab_size)
+        return Progress(expected, self.config.partial_answers is PartialAnswers.keep, self.partial)
+
+    async def _try(self, asked: Asked, progress: Progress, member: Member) -> answers.Answer:
+        """One request to one server, until it answers, is lost, or `rollout.request_timeout` has passed."""
+        await self.turn()
+        upkeep, life, limit, uid = self.upkeep, member.life, self.config.request_timeout, asked.prompt.uid
+        kept = progress.begin(upkeep.version, is_updating=bool(upkeep.paused))
+        expected = dataclasses.replace(progress.expected, oldest_version=upkeep.version)
+        rest = dataclasses.replace(expected, max_tokens=expected.max_tokens - len(kept))
+        body = asked.body if not len(kept) else self._body_from(asked, kept)
+
+        def on_frame(token_ids: wire.Ids, logprobs: wire.Logprobs) -> None:
+            progress.add(token_ids, logprobs)
+            upkeep.fleet.progressed(member)
+
+        request = asyncio.ensure_future(client.sample(self.http, upkeep.asked[member.index], body, rest, on_frame))
+        try:
+            either: set[asyncio.Future[Any]] = {request, life.lost}
+            await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if request.done():
+                answer = progress.join(request.result())
+                answers.check(answer, expected, upkeep.version)
+                if answer.finish_reason == "abort":
+                    raise UnusableAnswerError(f"sample of prompt {uid} was aborted by the server")
+                return answer
+            if life.lost.done():
+                raise LostServerError(life.lost.result())
+            raise LateError(f"no sample of prompt {uid} within rollout.request_timeout={limit:.0f} s")
+        finally:
+            request.cancel()
+            await asyncio.wait({request})
+            if not request.cancelled():
+                request.exception()  # seen: whatever it was, it came too late
+
+    def _body_from(self, asked: Asked, kept: wire.Ids) -> bytes:
+        """The request for what follows the tokens `kept` [K]: they are part of its prompt."""
+        prompt = dataclasses.replace(asked.prompt, token_ids=(*asked.prompt.token_ids, *kept.tolist()))
+        params = dataclasses.replace(asked.params, max_tokens=asked.params.max_tokens - len(kept))
+        return client.request_body(prompt, params, self.stop_token_ids, asked.priority)
+
+
+def _backoffs() -> Iterable[float]:
+    """Seconds to wait before each further try, for ever."""
+    backoff = FIRST_BACKOFF_SECONDS
+    while True:
+        yield backoff
+        backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)

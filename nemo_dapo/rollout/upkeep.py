@@ -1,0 +1,265 @@
+"""The servers of a run kept serving the newest weights: agreed with, watched, updated, put to sleep, started anew.
+
+    update   write the files -> every server pauses -> the version that answers are checked against -> load, resume
+
+An answer's tokens are of the weights that the server names for them, and must not be older than the newest when the request
+was sent. So nothing may generate under the old ones once a request can expect the new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from torch import Tensor
+
+from nemo_dapo.config import RolloutConfig
+from nemo_dapo.rollout import admission, client, control, weight_sync, wire
+from nemo_dapo.rollout.admission import Reading
+from nemo_dapo.rollout.fleet import Fleet, HopelessError, Life, Member
+from nemo_dapo.rollout.loop import LoopThread
+from nemo_dapo.rollout.servers import ServersClosedError, VLLMServers
+from nemo_dapo.tasks import all_or_none
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+INITIAL_VERSION = 0  # of the weights in the model's folder, until the first update
+METRICS_SECONDS = 4.0  # for a server to answer /metrics; one that does not has made no progress that we know of
+HEALTH_SECONDS = 4.0  # and /health
+PULSE_SECONDS = 1.0  # between two looks at whether a server that is to do something can still do it
+MAX_REFUSED = 3  # connections in a row, by a server that served before: it has stopped listening
+STARTING, ASLEEP = "start", "sleep"  # why servers may be silent or gone for a while
+
+ServerCall = Callable[[httpx.AsyncClient, float], Awaitable[T]]
+
+
+class Upkeep:
+    """`fleet` is who serves, `asked[index]` how a server is asked, `version` that of the newest weights.
+
+    What is a coroutine runs in `loop`, the rest blocks in other threads. While `paused` holds something, servers generate
+    nothing by our own doing.
+    """
+
+    def __init__(
+        self, config: RolloutConfig, servers: VLLMServers, store: weight_sync.WeightStore, loop: LoopThread
+    ) -> None:
+        self.config, self.servers, self.store = config, servers, store
+        self.describe = servers.describe
+        self.version = INITIAL_VERSION
+        self.restarts = 0
+        self.asked = [client.Server(server.url) for server in servers.servers]
+        self.paused: list[str] = []
+        self.files: list[Path] | None = []  # of the newest weights; none before the first update, None if it failed
+        self._weights = threading.Lock()  # held while the files or what they are change
+        self._has_newest = [True] * len(servers)  # False while a restarted server has yet to be given the files
+        self._unwell: dict[int, tuple[Life, str]] = {}  # what failed at sleeping or waking: the next update restarts it
+        self._loop = loop
+        self.fleet = self._run(self._open())
+
+    async def _open(self) -> Fleet:
+        fleet = Fleet(
+            len(self.servers),
+            self.config.max_concurrent_sequences,
+            cache_target=self.config.kv_cache_target,
+            ended=lambda index: None if self.servers.alive(index) else self.servers.describe_exit(index),
+            restart=self._restart,
+            describe=self.servers.describe,
+        )
+        self._watch = asyncio.ensure_future(fleet.watch(self.look, self.config.progress_timeout, self.paused))
+        return fleet
+
+    @contextlib.contextmanager
+    def quiet(self, reason: str) -> Iterator[None]:
+        """Nothing is held against a silent server meanwhile."""
+        self.paused.append(reason)
+        try:
+            yield
+        finally:
+            self.paused.remove(reason)
+
+    def prepare_all(self) -> None:
+        """Agree with every fresh server on routes and versions."""
+        with ThreadPoolExecutor(max_workers=len(self.servers)) as pool:
+            for done in [pool.submit(self.prepare, index) for index in range(len(self.servers))]:
+                done.result()
+
+    # ---------------------------------------------------------------- weights
+
+    def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """As `VLLMEngine.update_weights`."""
+        with self.quiet("weight update"):
+            with self._weights:
+                self.files = None  # those of the old version are about to go
+                files = self.store.write(weights, version)
+                # A restart that is under way waits for the lock and ends with these weights: nobody waits for it.
+                members = [m for m in self.fleet.members if not m.is_down or self._has_newest[m.index]]
+                held = self._run(all_or_none([self._hold(member) for member in members]))
+                self.files, self.version = files, version
+            calls = [self._update(m, life, fault) for m, (life, fault) in zip(members, held, strict=True)]
+            self._run(all_or_none(calls))
+
+    async def _hold(self, member: Member) -> tuple[Life, str | None]:
+        """Let a server generate nothing more; its life, and what it failed at now or when it fell asleep or woke up."""
+        life, fault = self._unwell.pop(member.index, (None, None))
+        if life is member.life:
+            return member.life, fault
+        return member.life, await self._fault_of(member, "pause", weight_sync.pause)
+
+    async def _update(self, member: Member, life: Life, fault: str | None) -> None:
+        async with member.repair:  # a restart, which may have ended with the weights before
+            now = member.life
+        if now is not life:
+            fault = None  # of a life that is over
+        fault = fault or await self._fault_of(member, "take the weights", self._push)
+        if fault:
+            await self.fleet.attend(member, now, fault, is_fatal=True)
+
+    async def _push(self, http: httpx.AsyncClient, deadline: float) -> None:
+        await weight_sync.push_weights(http, self.files or [], self.version, deadline)
+
+    # ---------------------------------------------------------------- sleep
+
+    def sleep(self) -> None:
+        self.paused.append(ASLEEP)
+        self._everywhere("/sleep", {"level": "1"})
+
+    def wake_up(self) -> None:
+        self._everywhere("/wake_up", {})
+        self.paused[:] = [reason for reason in self.paused if reason != ASLEEP]
+
+    def _everywhere(self, route: str, params: dict[str, str]) -> None:
+        """One call of a control route on each; a server that fails at it is restarted, awake, by the next update."""
+
+        async def ask(http: httpx.AsyncClient, deadline: float) -> None:
+            await control.call(http, "POST", route, deadline, params=params)
+
+        async def each(member: Member) -> None:
+            life = member.life
+            if fault := await self._fault_of(member, f"answer {route}", ask):
+                log.error("%s; the next weight update restarts it", fault)
+                self._unwell[member.index] = life, fault
+
+        with self.quiet(route):
+            self._run(all_or_none([each(member) for member in self.fleet.members]))
+
+    # ---------------------------------------------------------------- faults
+
+    async def _fault_of(self, member: Member, purpose: str, action: ServerCall[None]) -> str | None:
+        """Run `action` on a server; None when it went well, else what went wrong, server and log named."""
+        if member.given_up:
+            return None
+        if not self.servers.alive(member.index):
+            return self.servers.describe_exit(member.index)
+        try:
+            await self._call(member.index, action)
+            return None
+        except TimeoutError as late:
+            limit = self.config.sync_timeout
+            problem = f"it did not {purpose} within rollout.sync_timeout={limit:.0f} s ({late})"
+        except (ConnectionError, httpx.TransportError, RuntimeError) as error:
+            problem = f"it was to {purpose}: {type(error).__name__}: {error}"
+        return f"{self.describe(member.index)}: {problem}"
+
+    async def _call(self, index: int, action: ServerCall[T]) -> T:
+        """Run `action` on a server within `rollout.sync_timeout`; raises ServerDiedError once it cannot answer any more.
+
+        A call that waits for an engine process which is gone would wait for ever: vLLM's /pause does.
+        """
+        deadline = time.monotonic() + self.config.sync_timeout
+        async with control.client(self.servers.servers[index].url, self.servers.headers) as http:
+            return await control.unless(self._death(index), action(http, deadline))
+
+    async def _death(self, index: int) -> str:
+        """Why the server cannot answer any more, as soon as it shows: one that is busy or far away can."""
+        refused = 0
+        while refused < MAX_REFUSED:
+            await asyncio.sleep(PULSE_SECONDS)
+            if not self.servers.alive(index):
+                return self.servers.describe_exit(index)
+            try:
+                async with control.client(self.servers.servers[index].url) as http:  # a connection of its own
+                    reply = await control.ask(http, "GET", "/health", time.monotonic() + HEALTH_SECONDS)
+            except httpx.ConnectError:
+                refused += 1
+            except (TimeoutError, httpx.HTTPError, RuntimeError):
+                refused = 0
+            else:
+                refused = 0
+                if reply.status == 503:
+                    return "its engine process is gone (/health answers 503)"
+        return f"it refused {refused} connections in a row"
+
+    # ---------------------------------------------------------------- restarts
+
+    def _restart(self, index: int, fault: str) -> None:
+        """Start a server anew with the newest weights. Raises HopelessError where there are none."""
+        with self._weights:
+            self._has_newest[index] = False
+            self._require_weights(fault)
+        self.restarts += 1
+        try:
+            self.servers.restart(index)
+        except ServersClosedError as closed:
+            raise HopelessError(str(closed)) from closed
+        with self._weights:  # an update may have come meanwhile
+            self._require_weights(fault)
+            self.prepare(index)
+            self._has_newest[index] = True
+
+    def _require_weights(self, fault: str) -> None:
+        if self.files is None:
+            raise HopelessError(f"the last update failed, so there are no weights for it; {fault}")
+        try:
+            self.store.require(self.files)
+        except RuntimeError as gone:
+            raise HopelessError(str(gone)) from gone
+
+    def prepare(self, index: int) -> None:
+        """What a fresh server needs once: the transfer engine, the newest weights and their version."""
+        server, reading = asyncio.run(self._call(index, self._agree))
+        if not server.has_frames:
+            log.warning(
+                "vLLM server %d does not have our plugin's route: its answers come as JSON, 140 bytes a token instead of "
+                "8; install this package into the environment of rollout.python",
+                index,
+            )
+        self.asked[index] = server
+        self.fleet.members[index].admission.begin(reading)
+
+    async def _agree(self, http: httpx.AsyncClient, deadline: float) -> tuple[client.Server, Reading]:
+        await control.call(http, "POST", "/init_weight_transfer_engine", deadline, json={"init_info": {}})
+        reports = await weight_sync.reports_versions(http, deadline)
+        await weight_sync.set_version(http, INITIAL_VERSION, deadline)
+        has_frames = (await control.ask(http, "POST", wire.ROUTE, deadline, json={})).status == 400
+        if self.files:
+            try:
+                await self._push(http, deadline)
+            except RuntimeError as refused:
+                raise HopelessError(f"a fresh server refuses the weights: {refused}") from refused
+        url = str(http.base_url).rstrip("/")
+        return client.Server(url, has_frames, reports), await _read_metrics(http) or Reading()
+
+    async def look(self, index: int) -> Reading | None:
+        """What the server's /metrics say; None where it does not answer."""
+        async with control.client(self.asked[index].url) as http:
+            return await _read_metrics(http)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._loop.submit(work).result()
+
+
+async def _read_metrics(http: httpx.AsyncClient) -> Reading | None:
+    try:
+        reply = await control.ask(http, "GET", "/metrics", time.monotonic() + METRICS_SECONDS)
+    except (TimeoutError, ConnectionError, httpx.HTTPError, RuntimeError):
+        return None
+    return admission.read(reply.text)
