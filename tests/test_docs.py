@@ -149,11 +149,17 @@ def test_python_and_yaml_blocks_can_be_read(page: Path) -> None:
 def commands(page: Path) -> list[list[str]]:
     """The words of every command in a fenced block that starts one of our scripts; a `…` stands for more of them."""
     lines = "\n".join(block for _, block in FENCE.findall(page.read_text())).replace("\\\n", " ").splitlines()
-    return [
-        shlex.split(line.replace("…", ""))
-        for line in lines
-        if "examples/train_dapo.py" in line or "examples/evaluate.py" in line
-    ]
+    scripts = ("examples/train_dapo.py", "examples/evaluate.py", ".sbatch")
+    return [shlex.split(line.replace("…", "")) for line in lines if any(script in line for script in scripts)]
+
+
+def ranks(words: list[str]) -> int:
+    """How many a command starts; a job file one a GPU, of which it asks for 8 a node."""
+    options = ("--nnodes", "--nproc-per-node", "--nodes")
+    counts = [int(words[words.index(option) + 1]) for option in options if option in words]
+    if any(word.endswith(".sbatch") for word in words) and "--gpus-per-node=0" not in words:
+        counts.append(8)
+    return math.prod(counts)
 
 
 @every_page
@@ -161,11 +167,10 @@ def test_every_command_would_pass_the_checks_of_its_options(page: Path, large_mo
     for words in commands(page):
         script = next(i for i, word in enumerate(words) if word.startswith("examples/"))
         given = [word for word in words[script + 1 :] if "=" in word and not word.startswith("evaluation.checkpoint")]
-        is_training = "train" in words[script]
+        is_training = "evaluate" not in words[script]
         yaml = ROOT / "conf" / ("config.yaml" if is_training else "evaluate.yaml")
         config = typed(compose_file(yaml, [*given, f"model.path={large_model}"]))
-        counts = [int(words[words.index(option) + 1]) for option in ("--nnodes", "--nproc-per-node") if option in words]
-        (validate if is_training else validate_evaluation)(config, math.prod(counts))
+        (validate if is_training else validate_evaluation)(config, ranks(words))
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,6 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch.distributed import checkpoint as dcp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_dapo import config as schema
@@ -34,6 +33,7 @@ from nemo_dapo import entry
 from nemo_dapo.data.curriculum import Curriculum
 from nemo_dapo.data.load import load_run_data
 from nemo_dapo.data.loader import PromptLoader
+from tests.checkpoints import tensors
 from tests.tiny import save_tiny_model
 
 pytestmark = [
@@ -293,16 +293,6 @@ def test_the_data_continue_at_the_very_problem(story: Story) -> None:
         20,
         24,
     ]
-
-
-def tensors(run_dir: Path, step: int, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint whose name starts so: weights, fp32 copies, Adam's moments."""
-    reader = dcp.FileSystemReader(run_dir / "checkpoints" / f"step_{step:06d}" / "policy")
-    found = reader.read_metadata().state_dict_metadata
-    names = [name for name, kind in found.items() if name.startswith(prefix) and hasattr(kind, "size")]
-    loaded = {name: torch.empty(found[name].size, dtype=found[name].properties.dtype) for name in names}
-    dcp.load(loaded, storage_reader=reader, no_dist=True)
-    return loaded
 
 
 def second_moments(folder: Path, step: int) -> dict[str, torch.Tensor]:
