@@ -20,7 +20,7 @@ import torch
 
 from nemo_dapo.config import PartialAnswers, RolloutConfig
 from nemo_dapo.hf_folder import ExpectedWeights
-from nemo_dapo.rollout import client, wire
+from nemo_dapo.rollout import client, control, wire
 from nemo_dapo.rollout import fleet as fleet_module
 from nemo_dapo.rollout import requests as requests_module
 from nemo_dapo.rollout import upkeep as upkeep_module
@@ -888,3 +888,24 @@ def test_every_sample_in_flight_may_have_a_connection(hard, allowed, monkeypatch
         client.allow_open_files(8_192)
     assert limits[-1] == (allowed, hard)
     assert ("ulimit -Hn" in caplog.text) == (allowed < 8_704)
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_a_call_that_is_cancelled_as_its_answer_comes_ends_there(turns, monkeypatch):
+    """Else what looks at servers for ever would go on after the run."""
+
+    async def answered(*_: object) -> control.Reply:
+        await asyncio.sleep(0)
+        return control.Reply(200, b"")
+
+    async def scenario() -> bool:
+        http = control.client("http://127.0.0.1:9")
+        call = asyncio.create_task(control.ask(http, "GET", "/metrics", time.monotonic() + 60))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        was_done = not call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        return was_done or call.cancelled()
+
+    monkeypatch.setattr(control, "_ask", answered)
+    assert asyncio.run(scenario())

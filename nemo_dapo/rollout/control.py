@@ -46,10 +46,14 @@ async def ask(http: httpx.AsyncClient, method: str, route: str, deadline: float,
     where = f"{route} of {http.base_url}"
     if remaining <= 0:
         raise TimeoutError(f"no time left for {where}; raise rollout.sync_timeout")
-    try:
-        return await asyncio.wait_for(_ask(http, method, route, request), remaining)
-    except asyncio.TimeoutError as late:
-        raise TimeoutError(f"{where} did not answer within {remaining:.0f} s") from late
+    asking = asyncio.ensure_future(_ask(http, method, route, request))
+    try:  # not asyncio.wait_for: before Python 3.12 it forgets a cancellation that comes with the answer
+        await asyncio.wait({asking}, timeout=remaining)
+        if asking.done():
+            return asking.result()
+        raise TimeoutError(f"{where} did not answer within {remaining:.0f} s")
+    finally:
+        await _end(asking)
 
 
 async def _ask(http: httpx.AsyncClient, method: str, route: str, request: dict[str, Any]) -> Reply:
@@ -87,6 +91,10 @@ async def unless(death: Awaitable[str], work: Awaitable[T]) -> T:
             return working.result()
         raise ServerDiedError(dying.result())
     finally:
-        working.cancel()
-        dying.cancel()
-        await asyncio.gather(working, dying, return_exceptions=True)
+        await _end(working, dying)
+
+
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
