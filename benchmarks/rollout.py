@@ -108,7 +108,7 @@ def main() -> None:
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        path = save_tiny_model(Path(folder) / "model", layers=5, hidden=128, rope_theta=500000.0)
+        path = save_tiny_model(Path(folder) / "model", layers=5, hidden=128, rope_theta=500000.0, max_positions=2048)
         model = AutoModelForCausalLM.from_pretrained(path)
         config = RolloutConfig(
             num_servers=args.servers,

@@ -253,6 +253,7 @@ def test_every_step_is_recorded_once_with_its_counters(story: Story) -> None:
         assert record["progress/optimizer_steps"] == UPDATES * step
         assert record["progress/refused_updates"] == 0
         assert record["rollout/prompts_consumed"] == PROMPTS * step
+        assert (record["server/limit"] > 0, record["server/restarts"]) == (True, 0)
     assert records[:2] == story.lines_when_killed[:2]
 
 
