@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.policy_scenarios import MODELS, ROPE_THETA, SCENARIOS, VOCAB
+from tests.policy_scenarios import MODELS, ROPE_THETA, SCENARIOS, UNEVEN, VOCAB
 from tests.tiny import save_tiny_model
 
 DEADLINE = 420.0  # seconds for all jobs; several times what two cores need
@@ -25,7 +25,7 @@ class PolicyRuns:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.results: dict[int, list[dict[str, Any]]] = {}
-        for i, (name, options) in enumerate(MODELS.items()):
+        for i, (name, options) in enumerate((MODELS | UNEVEN).items()):
             save_tiny_model(folder / "models" / name, rope_theta=ROPE_THETA, vocab=VOCAB, seed=i, **options)
 
     def get(self, world_size: int, scenario: str, rank: int = 0) -> Any:

@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from nemo_dapo.losses import load_loss_fn
 from nemo_dapo.losses.dapo import make_loss_fn
 from nemo_dapo.telemetry.metrics import values
 from nemo_dapo.types import TrainBatch
+from tests.provider_scenarios import provider_settings
 
 TIMEOUT_MINUTES = 2.0
 VOCAB = 320
@@ -55,6 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama_untied": {"family": "llama", "tied": False},
     "llama_scaled": {"family": "llama", "tied": False, "rope_scaling": LLAMA3_ROPE},
 }
+UNEVEN = {"three_layers": {"family": "qwen3", "tied": True, "layers": 3}}  # which two pipeline stages share as 2 and 1
 NUM_SEQUENCES = 15  # odd: one by one on two ranks leaves one of them an empty micro-batch
 LONGEST = 40  # two sequences of 21 to 40 tokens never fit into it: this budget gives one sequence a micro-batch
 RARE_TOKEN, RARE_SEQUENCE = VOCAB - 1, 4  # a token that one sequence alone contains
@@ -65,8 +67,10 @@ class Layout:
     tp: int = 1
     pp: int = 1
     sp: bool = False
+    overlap: bool = False  # gradients are reduced while others are still computed
 
 
+OVERLAP = Layout(overlap=True)
 TP2, PP2, TP2PP2 = Layout(tp=2, sp=True), Layout(pp=2), Layout(tp=2, pp=2, sp=True)
 
 
@@ -119,7 +123,9 @@ class Job:
         """A float32 policy; Megatron's process groups become those of `layout`."""
         from nemo_dapo.megatron import parallel
 
-        config = ParallelConfig(layout.tp, layout.pp, layout.sp, TIMEOUT_MINUTES)
+        config = ParallelConfig(
+            layout.tp, layout.pp, layout.sp, TIMEOUT_MINUTES, ddp={"overlap_grad_reduce": layout.overlap}
+        )
         if (parallel_state := sys.modules.get("megatron.core.parallel_state")) is not None:
             parallel_state.destroy_model_parallel()
         parallel.initialize(config, seed=1)
@@ -248,10 +254,12 @@ def gradients(job: Job) -> dict[str, Any]:
     return out
 
 
-def first_step(layout: Layout) -> Callable[[Job], dict[str, Any]]:
+def first_step(
+    layout: Layout, models: Sequence[str] = ("qwen2_tied", "qwen3_untied")
+) -> Callable[[Job], dict[str, Any]]:
     def scenario(job: Job) -> dict[str, Any]:
         out = {}
-        for model in ("qwen2_tied", "qwen3_untied"):
+        for model in models:
             policy, batch = job.policy(layout, model), make_train_batch()
             old = noisy_old_logprobs(policy, batch)
             result = gradient_with(policy, batch, LOSS, old, 128)
@@ -679,6 +687,8 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
         "temperature": temperature,
         "reference_model": reference_model,
         "learning_rates": learning_rates,
+        "uneven": first_step(Layout(), [*UNEVEN]),
+        "provider_settings": provider_settings,
         "packed_attention": packed_attention,
     },
     2: {
@@ -687,12 +697,14 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
         "first_step tp2": first_step(TP2),
         "first_step pp2": first_step(PP2),
         "first_step dp2": first_step(Layout()),
+        "first_step overlap": first_step(OVERLAP),
         "gradients": gradients,
         "non_finite dp2": non_finite(Layout()),
         "shared_batch dp2": shared_batch(Layout()),
         "non_finite pp2": non_finite(PP2),
         "parity": parity(TP2),
         "checkpoint pp2": checkpoint(PP2, "ck2"),
+        "uneven pp2": first_step(PP2, [*UNEVEN]),
     },
     4: {
         "first_step tp2pp2": first_step(TP2PP2),

@@ -214,14 +214,32 @@ CONTRADICTIONS = {
     ),
     "no name": (["name=''"], ["name=''", "must not be empty", "set name="]),
     "no folder": (["output_dir=' '"], ["output_dir=' '", "must not be empty", "leave it out"]),
-    "top p": (["rollout.top_p=0.9"], ["rollout.top_p=0.9", "set 1.0 and -1", "algorithm.importance_cap"]),
+    "top p": (["rollout.top_p=0.9"], ["rollout.top_p=0.9", "set 1.0 and -1"]),
+    "top k": (["rollout.top_k=20"], ["top_k=20", "set 1.0 and -1"]),
+    "top p, corrected in vain": (
+        ["rollout.top_p=0.9", "algorithm.importance_cap=2"],
+        ["rollout.top_p=0.9", "algorithm.importance_cap cannot correct", "among the kept tokens"],
+    ),
+    "Megatron's layout": (
+        ["model.megatron.context_parallel_size=2"],
+        ["model.megatron.context_parallel_size=2", "set by the trainer", "process groups"],
+    ),
+    "Megatron's data type": (["model.megatron.bf16=true"], ["model.megatron.bf16=True", "change model.precision"]),
+    "Megatron's learning rate": (["optimizer.megatron.lr=1"], ["optimizer.megatron.lr=1", "change optimizer.lr"]),
+    "a gather that goes on": (
+        ["parallel.ddp.overlap_param_gather=true", "optimizer.megatron.overlap_param_gather=true"],
+        ["parallel.ddp.overlap_param_gather", "optimizer.megatron.overlap_param_gather", "between two steps"],
+    ),
+    "a head of one side": (
+        ["rollout.vllm.hf_overrides={head_dtype: float32}"],
+        ["head_dtype on one side alone", "model.fp32_logits=true"],
+    ),
     "loss without its constant": (
         ["algorithm.loss=dr_grpo"],
         ["algorithm.loss_length=0", "rollout.max_response_length"],
     ),
     "weights of tokens": (["algorithm=gspo", "algorithm.importance_cap=2"], ["importance_cap=2.0", "set it to 0"]),
     "dual clip of none": (["algorithm=cispo", "algorithm.dual_clip=10"], ["dual_clip=10.0", "set it to null"]),
-    "top k": (["rollout.top_k=20"], ["top_k=20", "set 1.0 and -1", "algorithm.importance_cap"]),
     "devices": (["rollout.visible_devices=['0','1']"], ["visible_devices has 2", "num_servers=1", "one each"]),
     "evaluation of copies": (
         ["evaluation.temperature=0", "evaluation.samples=4"],
@@ -270,6 +288,11 @@ def test_no_check_between_options_is_without_a_test() -> None:
         "a term that is none",
         "evaluation length, default",
         "evaluation of copies, one set",
+        "top p, corrected in vain",
+        "Megatron's layout",
+        "Megatron's data type",
+        "Megatron's learning rate",
+        "a gather that goes on",
     }
     assert complaints == len(CONTRADICTIONS.keys() - no_yield_of_their_own) + by_model_sizes
 
@@ -290,7 +313,7 @@ def rewrite(model: Path, **changes: int) -> None:
         ({"num_attention_heads": 3}, "tp2", ["tensor_model_parallel_size=2", "num_attention_heads=3"]),
         ({"num_key_value_heads": 1}, "tp2", ["tensor_model_parallel_size=2", "num_key_value_heads=1"]),
         ({"vocab_size": 321}, "tp2", ["tensor_model_parallel_size=2", "vocab_size=321"]),
-        ({"num_hidden_layers": 3}, "pp2", ["pipeline_model_parallel_size=2", "num_hidden_layers=3"]),
+        ({"num_hidden_layers": 1}, "pp2", ["pipeline_model_parallel_size=2", "num_hidden_layers=1", "set it to 1"]),
     ],
 )
 def test_a_model_that_the_layout_does_not_divide_is_refused(

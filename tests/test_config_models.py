@@ -13,7 +13,14 @@ import transformers
 from nemo_dapo import config as schema
 from nemo_dapo import entry
 from nemo_dapo.config import model_family, validate, validate_evaluation
-from nemo_dapo.config.model_family import FAMILIES, FREE, ROPE_OPTIONS, check_trainable
+from nemo_dapo.config.model_family import (
+    FAMILIES,
+    FREE,
+    ROPE_OPTIONS,
+    check_stages,
+    check_trainable,
+    layers_in_last_stage,
+)
 from tests.policy_scenarios import MODELS
 from tests.tiny import save_tiny_model
 
@@ -293,3 +300,19 @@ def test_a_name_on_the_hub_is_answered_with_the_command_that_downloads_it(folder
     assert "hf download Qwen/Qwen2.5-0.5B --local-dir models/Qwen2.5-0.5B" in line
     assert "then model.path=models/Qwen2.5-0.5B" in line
     assert "hf download" not in check(f"{folder}/nothing/here")
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "last"),
+    [(94, 8, 10), (61, 4, 13), (64, 4, 16), (28, 8, 0), (5, 4, -1), (7, 1, 7)],
+)
+def test_the_last_pipeline_stage_gets_what_the_others_leave(layers: int, stages: int, last: int) -> None:
+    assert layers_in_last_stage(layers, stages) == last
+    asked = {"num_hidden_layers": layers}
+    assert bool([*check_stages(asked, stages, ())]) == (last < 1)
+    assert not [*check_stages(asked, stages, ("pipeline_model_parallel_layout",))]
+
+
+def test_a_pipeline_too_long_for_its_layers_names_one_that_fits() -> None:
+    (line,) = check_stages({"num_hidden_layers": 28}, 8, ())
+    assert "set it to 7" in line

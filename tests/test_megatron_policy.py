@@ -87,7 +87,7 @@ def test_the_wrong_normalisers_are_right_where_they_may_be(policy_runs: PolicyRu
 
 # ------------------------------------------------------------------ layouts
 
-LAYOUTS = [(2, "tp2"), (2, "pp2"), (2, "dp2"), (4, "tp2pp2")]
+LAYOUTS = [(2, "tp2"), (2, "pp2"), (2, "dp2"), (2, "overlap"), (4, "tp2pp2")]
 
 
 @pytest.mark.parametrize("model", ["qwen2_tied", "qwen3_untied"])
@@ -101,6 +101,14 @@ def test_the_first_step_agrees_with_one_rank(policy_runs: PolicyRuns, ranks: int
         assert same_gradient(other["gradient"], one["gradient"])
         # Adam divides by the gradient's size, so rounding of tiny entries grows: 3e-6 nats were seen after the step.
         torch.testing.assert_close(other["logprobs_after"], one["logprobs_after"], rtol=0, atol=1e-4)
+
+
+def test_layers_that_do_not_divide_step_as_on_one_rank(policy_runs: PolicyRuns) -> None:
+    one = policy_runs.get(1, "uneven")["three_layers"]
+    for rank in range(2):
+        other = policy_runs.get(2, "uneven pp2", rank)["three_layers"]
+        assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+        assert same_gradient(other["gradient"], one["gradient"])
 
 
 def test_the_step_changes_the_policy_and_the_metrics_say_what_they_are(policy_runs: PolicyRuns) -> None:
@@ -269,12 +277,12 @@ def test_the_kl_term_grows_from_zero(policy_runs: PolicyRuns) -> None:
 
 
 def test_the_learning_rate_warms_up_and_stays(policy_runs: PolicyRuns) -> None:
-    """4 optimizer steps to 1e-3; as in Megatron-LM, the first step is taken at 0."""
-    expected = [0.0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3, 1e-3]
+    """4 optimizer steps below 1e-3, in equal strides from its fifth: no step is taken at 0."""
+    expected = [2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1e-3, 1e-3, 1e-3]
     assert policy_runs.get(1, "learning_rates")["constant"] == pytest.approx(expected)
 
 
 def test_the_learning_rate_decays_linearly_to_its_minimum(policy_runs: PolicyRuns) -> None:
     """2 steps of warm-up, then from 1e-3 to 1e-4 by step 6."""
-    expected = [0.0, 5e-4, 1e-3, 7.75e-4, 5.5e-4, 3.25e-4, 1e-4, 1e-4]
+    expected = [1e-3 / 3, 2e-3 / 3, 1e-3, 7.75e-4, 5.5e-4, 3.25e-4, 1e-4, 1e-4]
     assert policy_runs.get(1, "learning_rates")["linear"] == pytest.approx(expected)

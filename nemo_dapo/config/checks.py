@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_dapo.config import model_family
+from nemo_dapo.config import model_family, reserved
 from nemo_dapo.config.prompts import check_prompts, remark_on_prompts
 from nemo_dapo.config.ranges import out_of_range
 from nemo_dapo.config.schema import (
@@ -43,6 +43,7 @@ def validate(config: RunConfig, world_size: int) -> None:
             *check_prompts(config.data, config.reward),
             *_check_evaluation(config),
             *_check_layout(config, model, world_size),
+            *_check_passed_through(config),
             *unreadable,
         ]
     )
@@ -178,10 +179,13 @@ def _check_optimizer(o: OptimizerConfig) -> Iterator[str]:
 
 def _check_rollout(config: RunConfig) -> Iterator[str]:
     r = config.rollout
-    if (r.top_p < 1 or r.top_k > 0) and not config.algorithm.importance_cap:
+    if r.top_p < 1 or r.top_k > 0:
+        # vLLM's probabilities are those among the kept tokens. A ratio to them is the true one times the kept mass: with
+        # algorithm.importance_cap it would weigh every token down, and correct nothing.
         yield (
-            f"rollout.top_p={r.top_p}, top_k={r.top_k} cut the distribution that the trainer scores whole; set 1.0 and -1, "
-            "or algorithm.importance_cap to correct for it"
+            f"rollout.top_p={r.top_p}, top_k={r.top_k} cut the distribution that the trainer scores whole, and "
+            "algorithm.importance_cap cannot correct for it: vLLM's probabilities are those among the kept tokens; set "
+            "1.0 and -1 (evaluation has its own)"
         )
     if r.visible_devices and len(r.visible_devices) != r.num_servers:
         yield f"rollout.visible_devices has {len(r.visible_devices)} entries for num_servers={r.num_servers}; give one each"
@@ -236,6 +240,14 @@ def _check_evaluation(config: RunConfig) -> Iterator[str]:
             yield f"{name}.samples={samples} with evaluation.temperature=0 copies one greedy answer: set 1 or a temperature"
 
 
+def _check_passed_through(config: RunConfig) -> Iterator[str]:
+    yield from reserved.problems("model.megatron", config.model.megatron)
+    yield from reserved.problems("optimizer.megatron", config.optimizer.megatron)
+    yield from reserved.problems("parallel.ddp", config.parallel.ddp)
+    if "head_dtype" in (config.rollout.vllm.get("hf_overrides") or {}):
+        yield "rollout.vllm.hf_overrides sets head_dtype on one side alone; set model.fp32_logits=true for both"
+
+
 def _check_layout(config: RunConfig, model: dict[str, Any] | None, world_size: int) -> Iterator[str]:
     p = config.parallel
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
@@ -256,11 +268,11 @@ def _check_layout(config: RunConfig, model: dict[str, Any] | None, world_size: i
         return
     yield from model_family.check_trainable(config.model.path, model)
     yield from model_family.check_sizes(config.model.path, model)
-    for name, parts, option in (
-        ("num_attention_heads", tp, "tensor"),
-        ("num_key_value_heads", tp, "tensor"),
-        ("vocab_size", tp, "tensor"),
-        ("num_hidden_layers", pp, "pipeline"),
+    yield from model_family.check_stages(model, pp, config.model.megatron)
+    for name, parts in (
+        ("num_attention_heads", tp),
+        ("num_key_value_heads", tp),
+        ("vocab_size", tp),
     ):
         if (model.get(name) or 0) % parts:
-            yield f"parallel.{option}_model_parallel_size={parts} does not divide the model's {name}={model[name]}"
+            yield f"parallel.tensor_model_parallel_size={parts} does not divide the model's {name}={model[name]}"

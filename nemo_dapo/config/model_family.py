@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,14 @@ MIN_CPU_HEAD_SIZE = 32  # vllm.v1.attention.backends.cpu_attn: get_supported_hea
 
 # Megatron-core's RotaryEmbedding._apply_scaling takes `factor` as an argument and has the others written in.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+# Megatron's options that deal the layers to the pipeline stages otherwise than evenly, by model.megatron.
+STAGE_OPTIONS = frozenset(
+    (
+        *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout"),
+        *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    )
+)
 
 # Any value will do: the trainer takes it over, or it is a token.
 COUNTS = (
@@ -152,6 +160,23 @@ def check_sizes(path: str, config: dict[str, Any]) -> Iterator[str]:
         yield (
             f"{where} head_dim={size}, which must be at least {MIN_CPU_HEAD_SIZE} for vLLM on a host without CUDA: take "
             "a model with fewer, larger heads"
+        )
+
+
+def layers_in_last_stage(layers: int, stages: int) -> int:
+    """What is left for the last pipeline stage when every other one holds the same number, as few as that goes; 0 or less
+    where nothing is left."""
+    return layers - (stages - 1) * -(-layers // stages)
+
+
+def check_stages(config: dict[str, Any], stages: int, asked: Collection[str]) -> Iterator[str]:
+    """A pipeline with more stages than its layers can be dealt to; `asked` are the names passed by model.megatron."""
+    layers = config.get("num_hidden_layers") or 0
+    if layers and layers_in_last_stage(layers, stages) < 1 and not STAGE_OPTIONS & set(asked):
+        fits = max(fewer for fewer in range(1, stages) if layers_in_last_stage(layers, fewer) > 0)
+        yield (
+            f"parallel.pipeline_model_parallel_size={stages} leaves the last stage none of the model's num_hidden_layers="
+            f"{layers}; set it to {fits}, or deal them by model.megatron.pipeline_model_parallel_layout"
         )
 
 

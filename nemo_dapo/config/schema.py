@@ -68,6 +68,8 @@ class Placement(Enum):
 class ModelConfig:
     path: str = MISSING  # a Hugging Face directory: config.json, *.safetensors, tokenizer
     precision: Precision = Precision.bf16  # of weights and activations, in the trainer and in vLLM
+    # logits of bfloat16 weights summed up and kept in float32, in the trainer and in vLLM, whose roundings differ
+    fp32_logits: bool = False
     megatron: dict[str, Any] = field(default_factory=dict)  # fields of Megatron-core's TransformerConfig
 
 
@@ -79,6 +81,7 @@ class ParallelConfig:
     timeout_minutes: float = number(30.0, above=0, at_most=A_YEAR / 60)  # of one collective between trainer ranks
     # seconds without a sign of life of a rank, whatever it is at, after which the run ends and names it; 0 = never
     heartbeat_timeout: float = number(120.0, at_least=3, at_most=A_YEAR, also=(0,))
+    ddp: dict[str, Any] = field(default_factory=dict)  # fields of Megatron-core's DistributedDataParallelConfig
 
 
 @dataclass
@@ -90,11 +93,12 @@ class OptimizerConfig:
     adam_beta1: float = number(0.9, at_least=0, below=1)  # decay of the gradient's running mean
     adam_beta2: float = number(0.999, at_least=0, below=1)  # decay of the squared gradient's running mean
     adam_eps: float = number(1e-8, above=0, below=1)  # added to the denominator
-    # optimizer steps: the public recipe's 10 rollout steps x 16 updates; the first update has rate 0, as Megatron counts
+    # optimizer steps before the first one at the full rate: the public recipe's 10 rollout steps x 16 updates
     warmup_steps: int = number(160, at_least=0)
     decay_steps: int = number(0, at_least=0)  # optimizer steps from the start to `min_lr`; 0 = never decays
     decay_style: DecayStyle = DecayStyle.constant  # of the learning rate after the warm-up
     max_refused_updates: int = number(3, at_least=1)  # non-finite gradients in a row after which the run stops
+    megatron: dict[str, Any] = field(default_factory=dict)  # fields of Megatron-core's OptimizerConfig
 
 
 @dataclass

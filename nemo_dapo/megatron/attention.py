@@ -72,7 +72,7 @@ class PackedSDPA(MegatronModule):
 
 def _padded_layout(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
     """Rows [S, L] that lay a pack out as a padded batch, and which of them [S, L] hold a token; padding repeats row 0."""
-    offsets = torch.arange(max_seqlen)
+    offsets = torch.arange(max_seqlen, device=cu_seqlens.device)
     is_token = offsets < (cu_seqlens[1:] - cu_seqlens[:-1]).unsqueeze(1)
     return torch.where(is_token, cu_seqlens[:-1].unsqueeze(1) + offsets, 0), is_token
 
@@ -96,7 +96,15 @@ class SequenceParallelRMSNorm(nn.Module):
 
 
 def local_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The decoder's layers on a host without Transformer Engine, for a Megatron-Bridge provider `config`."""
+    """The decoder's layers on a host without Transformer Engine, for a Megatron-Bridge provider `config`.
+
+    Raises ValueError for a model that needs layers of other kinds.
+    """
+    if config.multi_latent_attention or config.moe_layer_freq != 1:
+        raise ValueError(
+            "layers without Transformer Engine are alike and have plain attention; multi-latent attention and a mixture of "
+            "dense and expert layers need Transformer Engine: install it"
+        )
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=False,

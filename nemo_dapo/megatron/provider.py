@@ -1,53 +1,63 @@
-"""What the model is built with: Megatron-Bridge's provider of a Hugging Face directory, and our settings on it."""
+"""What the model is built with: Megatron-Bridge's provider of a Hugging Face directory, and our settings on it.
+
+A provider is a Megatron TransformerConfig that can build its GPTModel. What the user passes by `model.megatron` comes last
+and may change any of our settings but those that `config.reserved` keeps.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import importlib.util
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
-from nemo_dapo.config import ModelConfig, ParallelConfig, Precision
-from nemo_dapo.config.model_family import LLAMA3_ROPE
+from nemo_dapo.config import ModelConfig, ParallelConfig, Precision, reserved
+from nemo_dapo.config.model_family import LLAMA3_ROPE, STAGE_OPTIONS, layers_in_last_stage
+
+log = logging.getLogger(__name__)
+
+# apex's kernel that adds a weight's gradient to its float32 sum. Megatron-core's layers raise without it wherever the
+# fusion is on, and Megatron-Bridge switches it on for Transformer Engine alone (seen in 0.5.0).
+WGRAD_KERNEL = "fused_weight_gradient_mlp_cuda"
+FULL_RECOMPUTATION = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+# Names of a yarn scaling in config.json -> in Megatron's MLATransformerConfig.
+YARN_ROPE = {
+    "factor": "rotary_scaling_factor",
+    **{
+        name: name
+        for name in ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    },
+}
 
 
 def make_provider(bridge: Any, model: ModelConfig, parallel: ParallelConfig) -> Any:
-    """The finished model configuration (a Megatron TransformerConfig that can build its GPTModel)."""
+    """The finished model configuration. Raises ValueError for an option that Megatron does not know or may not be set."""
+    problems = [*reserved.problems("model.megatron", model.megatron)]
+    if problems:
+        raise ValueError("; ".join(problems))
     provider = bridge.to_megatron_provider(load_weights=True)
-    dtype = torch.bfloat16 if model.precision is Precision.bf16 else torch.float32
-    settings: dict[str, Any] = {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "sequence_parallel": parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
-        "bf16": dtype is torch.bfloat16,
-        "fp16": False,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "autocast_dtype": dtype,
-        # Micro-batches differ in length, and their loss is divided once, by the tokens of the whole mini-batch.
-        "variable_seq_lengths": True,
-        "moe_token_dispatcher_type": "alltoall",  # the default one refuses variable lengths, for dense models too
-        "calculate_per_token_loss": True,
-        # The policy ratio compares two forward passes: they must not differ by a random mask.
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        # Bridge switches initialisation off when it loads weights, and with it the marks that tell Megatron which
-        # parameters are split over tensor-parallel ranks: without them the gradient norm leaves shards out.
-        "perform_initialization": True,
-        # Bridge 0.3 under transformers 5 reads rope_theta where it no longer is and falls back to 10,000 in silence.
-        "rotary_base": rope_theta(bridge.hf_pretrained.config, default=provider.rotary_base),
-        **rope_scaling(bridge.hf_pretrained.config, provider),
+    settings = {
+        **numerics(model.precision),
+        **layout(provider.num_layers, parallel, model.megatron),
+        **rotary_positions(bridge.hf_pretrained.config, provider),
+        **without_side_losses(provider, model.megatron),
+        **(transformer_engine(provider) if has_transformer_engine() else plain_torch()),
+        **(recomputation(model.megatron) if torch.cuda.is_available() else {}),
+        **model.megatron,
     }
-    if not has_transformer_engine():
-        settings |= _settings_without_transformer_engine()
-    settings |= model.megatron
-    _assign(provider, settings)
-    if provider.hidden_dropout or provider.attention_dropout:
-        raise ValueError(
-            "model.megatron sets a dropout; the policy ratio needs two equal forward passes: leave it at 0"
-        )
+    check_known("model.megatron", settings, provider)
+    for name, value in settings.items():
+        setattr(provider, name, value)
     provider.finalize()
     return provider
 
@@ -57,30 +67,120 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def rope_theta(hf_config: Any, default: float) -> float:
-    parameters = getattr(hf_config, "rope_parameters", None) or {}
-    return float(parameters.get("rope_theta") or getattr(hf_config, "rope_theta", None) or default)
+def numerics(precision: Precision) -> dict[str, Any]:
+    """Data types, and what the sums over micro-batches and the policy ratio rely on."""
+    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    return {
+        "bf16": dtype is torch.bfloat16,
+        "fp16": False,
+        **dict.fromkeys(("params_dtype", "pipeline_dtype", "autocast_dtype"), dtype),
+        # Micro-batches differ in length, and their loss is divided once, by the tokens of the whole mini-batch.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # the default one refuses variable lengths, for dense models too
+        "calculate_per_token_loss": True,
+        "moe_router_dtype": "fp32",  # of experts' scores: close ones must not tie by rounding
+        # The policy ratio compares two forward passes: they must not differ by a random mask.
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # Bridge switches initialisation off when it loads weights, and with it the marks that tell Megatron which
+        # parameters are split over tensor-parallel ranks: without them the gradient norm leaves shards out.
+        "perform_initialization": True,
+    }
 
 
-def rope_scaling(hf_config: Any, provider: Any) -> dict[str, Any]:
-    """Megatron's settings for a model with scaled rotary frequencies.
+def layout(num_layers: int, parallel: ParallelConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensor and pipeline parallelism; where layers do not divide, the last stage, which has the head, gets fewer."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    settings: dict[str, Any] = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "sequence_parallel": parallel.sequence_parallel and tp > 1,
+    }
+    if num_layers % pp and not asked.keys() & STAGE_OPTIONS:
+        settings["num_layers_in_last_pipeline_stage"] = layers_in_last_stage(num_layers, pp)
+    return settings
 
-    Raises ValueError for a scaling that would be left out in silence.
+
+def rotary_positions(hf_config: Any, provider: Any) -> dict[str, Any]:
+    """Base and scaling of the rotary frequencies as the model's config.json has them.
+
+    Bridge 0.3 under transformers 5 reads them where they no longer are and falls back to its defaults in silence. Raises
+    ValueError for frequencies that differ between layers, and for a scaling that would be left out in silence.
     """
     rope = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
+    if any(isinstance(value, Mapping) for value in rope.values()) or isinstance(provider.rotary_base, tuple | list):
+        raise ValueError(
+            f"the model's rotary positions differ between layers ({rope or provider.rotary_base}); models train here with "
+            "one base for all: take another model"
+        )
+    base = float(rope.get("rope_theta") or getattr(hf_config, "rope_theta", None) or provider.rotary_base)
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if provider.multi_latent_attention:
+        return {"rotary_base": base, **_latent_rope(kind, rope)}
     if kind == "default" or kind == provider.position_embedding_type:
-        return {}
+        return {"rotary_base": base}
     differing = {name: rope.get(name) for name, value in LLAMA3_ROPE.items() if rope.get(name) != value}
     if kind != "llama3" or differing:
         raise ValueError(
             f"the model's rope_type={kind!r} {differing or ''} has no counterpart here; Megatron-core scales rotary "
             f"frequencies as llama3 does, with {LLAMA3_ROPE}"
         )
-    return {"rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
+    return {"rotary_base": base, "rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
 
 
-def _settings_without_transformer_engine() -> dict[str, Any]:
+def _latent_rope(kind: str, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Of multi-latent attention, whose own embedding scales as yarn does (Megatron's MLATransformerConfig)."""
+    if kind == "default":
+        return {"rope_type": "rope"}
+    missing = [name for name in ("factor", "original_max_position_embeddings") if not rope.get(name)]
+    if kind != "yarn" or missing:
+        raise ValueError(
+            f"the model's rope_type={kind!r} lacks {', '.join(missing) or 'a counterpart here'}: multi-latent attention "
+            "has default or yarn rotary positions in Megatron-core; take another model"
+        )
+    scaled = {ours: rope[name] for name, ours in YARN_ROPE.items() if rope.get(name) is not None}
+    return {"rope_type": "yarn", **scaled}
+
+
+def without_side_losses(provider: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that leave the policy gradient the only one: no load-balancing loss, no moving router bias, no extra heads.
+
+    Under `calculate_per_token_loss` the balancing loss weighs all tokens, the prompts' and the padding's too, and is then
+    divided by the response tokens. Those that `asked` names, the user's, stay as the model and the user have them.
+    """
+    settings: dict[str, Any] = {}
+    if provider.mtp_num_layers:
+        settings["mtp_num_layers"] = None
+    if provider.num_moe_experts:
+        if not asked.keys() & {"moe_router_load_balancing_type", "moe_aux_loss_coeff"}:
+            settings |= {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
+        if provider.moe_router_enable_expert_bias:
+            settings["moe_router_bias_update_rate"] = 0.0
+    changed = {k: v for k, v in settings.items() if k not in asked and getattr(provider, k) != v}
+    if changed and (not dist.is_initialized() or dist.get_rank() == 0):
+        log.warning(
+            "for the policy gradient alone: %s (model.megatron sets them otherwise)",
+            ", ".join(f"{name}={value} in place of {getattr(provider, name)}" for name, value in changed.items()),
+        )
+    return settings
+
+
+def transformer_engine(provider: Any) -> dict[str, Any]:
+    """Fused kernels, as far as the model allows them; some of Bridge's model families leave them off."""
+    activation = provider.activation_func in (F.silu, F.gelu) and provider.gated_linear_unit
+    plain_rope = provider.position_embedding_type == "rope" and not provider.multi_latent_attention
+    return {
+        # Unfused, packed rotary positions wait for the device twice in every layer, forward and backward.
+        "apply_rope_fusion": plain_rope,
+        "bias_activation_fusion": activation,
+        "bias_dropout_fusion": True,
+        "persist_layer_norm": True,
+        "gradient_accumulation_fusion": importlib.util.find_spec(WGRAD_KERNEL) is not None,
+    }
+
+
+def plain_torch() -> dict[str, Any]:
+    """Layers and kernels of a host without Transformer Engine."""
     from nemo_dapo.megatron.attention import local_block_spec
 
     fusions = ("gradient_accumulation_fusion", "bias_activation_fusion", "masked_softmax_fusion", "bias_dropout_fusion")
@@ -89,14 +189,24 @@ def _settings_without_transformer_engine() -> dict[str, Any]:
         "use_cpu_initialization": not torch.cuda.is_available(),
         "persist_layer_norm": False,
         "apply_rope_fusion": False,
+        # Grouped products and the permutation of tokens to experts exist in Transformer Engine alone.
+        **dict.fromkeys(("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"), False),
         **dict.fromkeys(fusions, False),
     }
 
 
-def _assign(provider: Any, settings: dict[str, Any]) -> None:
-    known = {field.name for field in dataclasses.fields(provider)}
-    for name, value in settings.items():
+def recomputation(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep each layer's input alone for the backward pass, 2 H bytes a token and layer instead of some 55 H.
+
+    Nothing where the user says how (`recompute_granularity: null` keeps everything).
+    """
+    return {} if any(name.startswith("recompute_") for name in asked) else FULL_RECOMPUTATION
+
+
+def check_known(option: str, settings: Mapping[str, Any], config: Any) -> None:
+    """Raises ValueError for a setting that is no field of the dataclass `config`, with its neighbours in spelling."""
+    known = {field.name for field in dataclasses.fields(config)}
+    for name in settings:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
-            raise ValueError(f"model.megatron.{name} is not a field of Megatron's TransformerConfig; near: {near}")
-        setattr(provider, name, value)
+            raise ValueError(f"{option}.{name} is not an option of this Megatron; near: {near}")
