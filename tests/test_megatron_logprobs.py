@@ -122,22 +122,36 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dist.ProcessGrou
     dist.destroy_process_group()
 
 
-def reference(vocab_size: int, rows: int, temperature: float = 0.7) -> dict[str, Tensor]:
-    """log_softmax, entropy and their gradients by autograd in float64 over the real rows."""
+def reference(
+    vocab_size: int, rows: int, temperature: float = 0.7, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """log_softmax, entropy and their gradients by autograd in float64 over the real rows of inputs rounded to `dtype`."""
     hidden, weight, targets = score_inputs(vocab_size, rows=rows)
-    hidden, weight = (x.double().requires_grad_() for x in (hidden, weight))
+    hidden, weight = (x.to(dtype).double().requires_grad_() for x in (hidden, weight))
     scores = torch.log_softmax(hidden @ weight[:vocab_size].T / temperature, -1)
     logprobs = scores.gather(-1, targets[:, None])[:, 0]
     entropy = -(scores.exp() * scores).sum(-1)
     return with_gradients(logprobs, entropy, hidden, weight)
 
 
-def scored(group: dist.ProcessGroup, vocab_size: int, rows: int, temperature: float = 0.7) -> dict[str, Tensor]:
+def scored(
+    group: dist.ProcessGroup,
+    vocab_size: int,
+    rows: int,
+    temperature: float = 0.7,
+    dtype: torch.dtype = torch.float32,
+    fp32_logits: bool = False,
+) -> dict[str, Tensor]:
     hidden, weight, targets = score_inputs(vocab_size, rows=rows)
-    hidden.requires_grad_()
-    weight.requires_grad_()
+    hidden, weight = (x.to(dtype).requires_grad_() for x in (hidden, weight))
     logprobs, entropy = score_targets(
-        hidden, weight, targets, group=group, vocab_size=vocab_size, temperature=temperature
+        hidden,
+        weight,
+        targets,
+        group=group,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        fp32_logits=fp32_logits,
     )
     return with_gradients(logprobs, entropy, hidden, weight)
 
@@ -155,6 +169,97 @@ def test_scores_and_gradients_are_those_of_log_softmax(group: dist.ProcessGroup,
     assert_close(scored(group, 150, 150, temperature), reference(150, 150, temperature))
 
 
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+def test_float32_scores_and_gradients_are_exact_to_a_millionth(group: dist.ProcessGroup) -> None:
+    """Over all entries together: single ones near zero have no relative error to speak of.
+
+    A temperature of 4 leaves logits of a few units, as a model's mostly are: a probability is as exact as its logit, whose
+    own steps in float32 are 2^-22 there, and ten times as large among logits of 30.
+    """
+    got, expected = scored(group, 150, 150, 4.0), reference(150, 150, 4.0)
+    errors = {name: relative(got[name], value) for name, value in expected.items()}
+    assert max(errors.values()) < 1e-6, errors
+
+
+BF16_ROUNDING = 2.0**-9  # largest relative error of one rounding to 8 bits of mantissa
+
+
+@pytest.mark.parametrize("fp32_logits", [False, True])
+def test_a_bfloat16_head_is_exact_up_to_its_roundings(group: dist.ProcessGroup, fp32_logits: bool) -> None:
+    got = scored(group, 150, 150, dtype=torch.bfloat16, fp32_logits=fp32_logits)
+    expected = reference(150, 150, dtype=torch.bfloat16)
+    hidden, weight, _ = score_inputs(150, rows=150)
+    largest = float((hidden.bfloat16().double() @ weight.bfloat16().double().T).abs().max())
+    # Logits of the rounded inputs are exact in float32 but for its own 2^-24 a term; each rounded one is off by at most its
+    # size times 2^-9, and a log-probability is the difference of one of them and a mean of them, over the temperature.
+    bound = 2 * largest / 0.7 * (16 * 2.0**-24 if fp32_logits else BF16_ROUNDING)
+    worst = float((got["logprobs"].double() - expected["logprobs"]).abs().max())
+    assert worst < bound
+    if not fp32_logits:
+        assert worst > 2 * largest / 0.7 * 16 * 2.0**-24  # the option does something
+    for name in ("grad_hidden", "grad_weight"):
+        # The gradient by the logits and the result are each rounded once: two roundings, and with rounded logits
+        # probabilities off by `bound` of themselves.
+        assert relative(got[name], expected[name]) < 2 * BF16_ROUNDING + (0 if fp32_logits else bound)
+
+
+# ------------------------------------------------------------------ into Megatron's gradient buffer
+
+
+def hooked(weight: Tensor) -> None:
+    """What Megatron's DistributedDataParallel does with a gradient (`_make_backward_post_hook`)."""
+    assert weight.grad is not None, "Megatron asks for one under overlap_grad_reduce"
+    if not weight.grad_added_to_main_grad or getattr(weight, "zero_out_wgrad", False):  # type: ignore[attr-defined]
+        weight.main_grad.add_(weight.grad)  # type: ignore[attr-defined]
+    weight.grad = None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2 * BF16_ROUNDING)])
+def test_micro_batches_add_up_in_megatrons_gradient_buffer(
+    group: dist.ProcessGroup, dtype: torch.dtype, tolerance: float, tied: bool
+) -> None:
+    """`tied`: the weight is looked up as the embedding too, and autograd brings that gradient along."""
+    hidden, weight, targets = score_inputs(150, rows=192)
+    hidden, weight = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+    weight.main_grad = torch.zeros(weight.shape)  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    weight.zero_out_wgrad = tied  # type: ignore[attr-defined]
+    exact = weight.detach().double().requires_grad_()
+    for rows in (slice(0, 9), slice(9, 23)):
+        logprobs, entropy = score_targets(
+            hidden[rows], weight, targets[rows], group=group, vocab_size=150, temperature=0.7, fp32_logits=True
+        )
+        scores = torch.log_softmax(hidden[rows].detach().double() @ exact[:150].T / 0.7, -1)
+        objective = scores.gather(-1, targets[rows, None]).sum() - 0.5 * (scores.exp() * scores).sum()
+        looked_up = 0.0
+        if tied:
+            looked_up = F.embedding(targets[rows], weight).float().square().sum()
+            objective = objective + F.embedding(targets[rows], exact).square().sum()
+        (logprobs.sum() + 0.5 * entropy.sum() + looked_up).backward()
+        hooked(weight)
+        objective.backward()
+    assert exact.grad is not None
+    assert relative(weight.main_grad, exact.grad) < tolerance  # type: ignore[attr-defined]
+    assert weight.main_grad.dtype is torch.float32  # type: ignore[attr-defined]
+    assert torch.count_nonzero(weight.main_grad[150:]) == 0  # type: ignore[attr-defined]
+
+
+def test_a_frozen_head_gets_no_gradient(group: dist.ProcessGroup) -> None:
+    hidden, weight, targets = score_inputs(150, rows=150)
+    hidden.requires_grad_()
+    logprobs, _ = score_targets(hidden, weight, targets, group=group, vocab_size=150, temperature=1.0)
+    logprobs.sum().backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+
+
+# ------------------------------------------------------------------ its edges
+
+
 def test_padding_rows_of_the_vocabulary_are_ignored(group: dist.ProcessGroup) -> None:
     got = scored(group, 150, 192)
     assert_close(got, reference(150, 192))
@@ -166,7 +271,7 @@ def test_chunks_give_what_one_piece_gives(
     group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, tokens_per_chunk: int
 ) -> None:
     whole = scored(group, 150, 150)
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", tokens_per_chunk * 150)
+    monkeypatch.setattr(module, "CHUNK_BYTES", tokens_per_chunk * 150 * 4)
     assert len(module._chunks(23, 150)) == -(-23 // tokens_per_chunk)
     assert_close(scored(group, 150, 150), whole)
 

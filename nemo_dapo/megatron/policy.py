@@ -20,25 +20,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from nemo_dapo.batching import MicroBatch, pack, plan_minibatches, scatter_logprobs
 from nemo_dapo.collectives import gather_json
-from nemo_dapo.config import DecayStyle, ModelConfig, OptimizerConfig, ParallelConfig
+from nemo_dapo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
 from nemo_dapo.megatron import checkpoint, weights
-from nemo_dapo.megatron.logprobs import score_targets
+from nemo_dapo.megatron.head import ScoringHead
+from nemo_dapo.megatron.optimizer import ddp_config, make_optimizer
 from nemo_dapo.megatron.parallel import device
 from nemo_dapo.megatron.provider import make_provider
 from nemo_dapo.telemetry.metrics import Max, Mean, Metric
@@ -61,108 +55,46 @@ class MegatronPolicy:
         with_reference: bool = False,
     ) -> None:
         self.max_tokens = tokens_per_microbatch
-        self.temperature = temperature
-        self.optimizer_config = optimizer
+        self.ddp_options = parallel.ddp
         self.source = Path(model.path)
         self.bridge = weights.load_bridge(model.path)
         self.provider = make_provider(self.bridge, model, parallel)
-        self.vocab_size = int(self.bridge.hf_pretrained.config.vocab_size)
+        self.head = ScoringHead(int(self.bridge.hf_pretrained.config.vocab_size), temperature, model.fp32_logits)
         self.model = self._build(trainable=True)
         self.reference = self._build(trainable=False) if with_reference else None
         checkpoint.keep_bucket_padding(self.model)
-        self.optimizer, self.scheduler = self._build_optimizer()
+        self.optimizer, self.scheduler = make_optimizer(self.model, self.provider, optimizer)
+        self._wire_schedule()
         self.bad_tokens: list[tuple[Tensor, Tensor]] = []
         self.local_gradient_finite = torch.ones((), dtype=torch.bool)
 
     def _build(self, *, trainable: bool) -> list[Any]:
         on_gpu = torch.cuda.is_available()
         model = self.provider.provide_distributed_model(
-            ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                overlap_grad_reduce=on_gpu,
-                use_distributed_optimizer=True,
-                average_in_collective=False,
-            ),
+            ddp_config=ddp_config(self.ddp_options),
             wrap_with_ddp=trainable,
             use_cpu_initialization=not on_gpu,
             data_parallel_random_init=False,
         )
         for chunk in model:
-            head = getattr(unwrap_model(chunk), "output_layer", None)
-            if head is not None:
-                head.forward = functools.partial(self._score, head)
+            self.head.install(unwrap_model(chunk))
             chunk.train(trainable)
             chunk.requires_grad_(trainable)
         return model
 
-    def _build_optimizer(self) -> tuple[Any, OptimizerParamScheduler]:
-        options = self.optimizer_config
-        optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=options.lr,
-                min_lr=options.min_lr,
-                weight_decay=options.weight_decay,
-                clip_grad=options.clip_grad,
-                adam_beta1=options.adam_beta1,
-                adam_beta2=options.adam_beta2,
-                adam_eps=options.adam_eps,
-                bf16=self.provider.bf16,
-                params_dtype=self.provider.params_dtype,
-                use_distributed_optimizer=True,
-            ),
-            self.model,
-        )
-        constant = options.decay_style is DecayStyle.constant
-        scheduler = OptimizerParamScheduler(
-            optimizer,
-            init_lr=0.0,
-            max_lr=options.lr,
-            min_lr=options.min_lr,
-            lr_warmup_steps=options.warmup_steps,
-            lr_decay_steps=options.warmup_steps + 1 if constant else options.decay_steps,
-            lr_decay_style=options.decay_style.value,
-            start_wd=options.weight_decay,
-            end_wd=options.weight_decay,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
-        )
+    def _wire_schedule(self) -> None:
+        """Tell Megatron's pipeline schedule, which reads them from the model's configuration, of gradients."""
         config = unwrap_model(self.model[0]).config
-        config.grad_scale_func = optimizer.scale_loss
+        config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = self._finalize_gradients
         if self.model[0].ddp_config.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.model]
             config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
-        return optimizer, scheduler
 
     # ---------------------------------------------------------------- forward
 
-    def _score(self, head: Any, hidden: Tensor, weight: Tensor | None = None, **unused: Any) -> tuple[Tensor, None]:
-        """Stands for the output layer's forward: log-probability and entropy [T, 1, 2] of `head.targets`, not logits.
-
-        hidden is [T, 1, H], or [T / tp, 1, H] under sequence parallelism.
-        """
-        assert head.bias is None, "language-model heads have no bias"
-        group = parallel_state.get_tensor_model_parallel_group()
-        if head.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden)
-        logprobs, entropy = score_targets(
-            hidden.squeeze(1),
-            head.weight if weight is None else weight,
-            head.targets,
-            group=group,
-            vocab_size=self.vocab_size,
-            temperature=self.temperature,
-        )
-        return torch.stack([logprobs, entropy], dim=-1).unsqueeze(1), None
-
     def _forward(self, microbatches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, MicroBatch]:
         micro = next(microbatches).to(device())
-        model = unwrap_model(chunk)
-        if model.post_process:
-            model.output_layer.targets = micro.targets
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=micro.cu_seqlens,
@@ -175,6 +107,7 @@ class MegatronPolicy:
             position_ids=micro.positions.unsqueeze(0),
             attention_mask=None,
             packed_seq_params=packed,
+            **self.head.arguments(unwrap_model(chunk), micro.targets),
         )
         return out, micro
 
