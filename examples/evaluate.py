@@ -42,21 +42,39 @@ def check(config: RunConfig) -> None:
 def load_checkpoint(config: RunConfig, engine: VLLMEngine) -> None:
     """Give the servers, which started on model.path, the weights of a training checkpoint of any parallel layout.
 
-    One process loads it with its optimizer state: for models beyond one device use the run's exported `trained/` folder.
+    One process loads its weights: for models beyond one device use the run's exported `trained/` folder.
     Raises ValueError for a damaged one and for one of another model.
     """
     from nemo_dapo import checkpoint
     from nemo_dapo.megatron import parallel
+    from nemo_dapo.rollout import sharing
+    from nemo_dapo.stages import Stages, put_to_sleep
+    from nemo_dapo.types import Stage
 
     parallel.initialize(config.parallel, config.seed)
     place = Path(config.evaluation.checkpoint)
-    checkpoint.require_whole(place, Path(config.model.path), parallel.control_group(config.parallel.timeout_minutes))
+    group, model = parallel.control_group(config.parallel.timeout_minutes), Path(config.model.path)
+    checkpoint.require_whole(place, model, group)
+    offload = sharing.offloads(config)
+    weights = sharing.weight_bytes(config.rollout, model, config.model.precision)
+    servers = put_to_sleep(engine, weights, group) if offload else None
     from nemo_dapo.megatron.policy import MegatronPolicy
 
     tokens = config.trainer.tokens_per_microbatch
-    policy = MegatronPolicy(config.model, config.parallel, config.optimizer, tokens_per_microbatch=tokens)
+    policy = MegatronPolicy(
+        config.model,
+        config.parallel,
+        config.optimizer,
+        tokens_per_microbatch=tokens,
+        trainable=False,
+        offload=offload,
+        servers=servers,
+    )
     policy.load(place / "policy")
+    stages = Stages(policy, engine)
+    stages.enter(Stage.sync)
     engine.update_weights(policy.export_weights(), 1)
+    stages.enter(Stage.generate)
     parallel.shut_down()
 
 
@@ -105,10 +123,14 @@ def unused(folder: Path) -> Path:
 
 def main(cfg: DictConfig, ending: Ending) -> None:
     """Evaluate; a bad configuration, an error or a signal ends it as `Ending` says."""
+    from nemo_dapo.rollout import sharing
+
     entry.quiet_libraries()
     with ending.ends_the_process():
         config = schema.typed(cfg)
         check(config)
+        if config.evaluation.checkpoint:
+            config.rollout = sharing.with_sleep(config)
         output = unused(Path(config.output_dir))
         config.output_dir = str(output)
         ending.output_dir = output

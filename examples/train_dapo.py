@@ -40,13 +40,16 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "config.yaml"
 
 def train(config: RunConfig, ending: Ending) -> None:
     """Build policy, engine, rewarder and data, hand them to the trainer and run it."""
-    from nemo_dapo.coordination import lead, never, share_number
+    from nemo_dapo.coordination import share_number
     from nemo_dapo.heartbeat import Heartbeat
     from nemo_dapo.megatron import parallel
+    from nemo_dapo.rollout import sharing
 
     parallel.initialize(config.parallel, config.seed)
     from nemo_dapo.megatron.policy import MegatronPolicy
+    from nemo_dapo.stages import put_to_sleep
     from nemo_dapo.trainer import DAPOTrainer, find_checkpoint
+    from nemo_dapo.types import Stage
 
     run_dir = Path(config.output_dir)
     group = parallel.control_group(config.parallel.timeout_minutes)
@@ -58,7 +61,13 @@ def train(config: RunConfig, ending: Ending) -> None:
     with ExitStack() as stack, ending.says_at_once():
         with ending.phase.enter("load"):
             resumed = find_checkpoint(config, run_dir, group)
+        offload = sharing.offloads(config)
         pending = start_controller(config, run_dir, stack, resumed) if is_rank_zero() else None
+        controller, servers = None, None
+        if offload:  # servers measure what is free: the policy must not take memory meanwhile
+            controller = wait_for(pending, group)
+            weights = sharing.weight_bytes(config.rollout, Path(config.model.path), config.model.precision)
+            servers = put_to_sleep(controller.engine if controller else None, weights, group)
         policy = MegatronPolicy(
             config.model,
             config.parallel,
@@ -66,8 +75,11 @@ def train(config: RunConfig, ending: Ending) -> None:
             tokens_per_microbatch=config.trainer.tokens_per_microbatch,
             temperature=config.rollout.temperature,
             with_reference=config.algorithm.kl_coeff > 0,
+            offload=offload,
+            servers=servers,
         )
-        controller = lead(lambda: asyncio.wrap_future(pending) if pending else never(), group)
+        if not offload:
+            controller = wait_for(pending, group)
         ending.signals.saves_first = config.checkpoint.on_signal
         signalled = ending.signals.asked
         trainer = DAPOTrainer(
@@ -80,6 +92,7 @@ def train(config: RunConfig, ending: Ending) -> None:
             ending.saved(share_number(steps, group))  # once rank 0 has ended its servers
         if config.checkpoint.export:
             with ending.phase.enter("export"):
+                trainer.stages.enter(Stage.score)
                 policy.save_hf(run_dir / "trained")
     if ending.heartbeat:
         ending.heartbeat.stop()
@@ -89,8 +102,15 @@ def train(config: RunConfig, ending: Ending) -> None:
         print(f"done: {config.trainer.max_steps} steps{exported}", flush=True)
 
 
+def wait_for(pending: Future[Any] | None, group: Any) -> Any:
+    """The controller once its servers serve, on rank 0, which has it `pending`; the others wait with it."""
+    from nemo_dapo.coordination import lead, never
+
+    return lead(lambda: asyncio.wrap_future(pending) if pending else never(), group)
+
+
 def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack, resumed: int | None) -> Future[Any]:
-    """Rank 0's side; the servers start in a thread of their own while the policy is built."""
+    """Rank 0's side; the servers start in a thread of their own, while the policy is built where it has other GPUs."""
     from transformers import AutoTokenizer
 
     from nemo_dapo.controller import Controller
@@ -170,8 +190,11 @@ def check(config: RunConfig) -> None:
 
 def prepare(cfg: DictConfig) -> RunConfig:
     """Typed and checked options; rank 0 keeps a copy in the run's directory."""
+    from nemo_dapo.rollout import sharing
+
     config = schema.typed(cfg)
     check(config)
+    config.rollout = sharing.with_sleep(config)
     run_dir = Path(config.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if is_rank_zero():

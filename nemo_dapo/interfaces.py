@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from nemo_dapo.telemetry.metrics import Metric
-from nemo_dapo.types import Prompt, Sample, SamplingParams, TrainBatch, Verdict
+from nemo_dapo.types import Prompt, Sample, SamplingParams, Stage, TrainBatch, Verdict
 
 if TYPE_CHECKING:
     from nemo_dapo.batching import MicroBatch
@@ -42,6 +42,20 @@ class Policy(Protocol):
     @property
     def replica(self) -> int:
         """The data-parallel replica that this rank belongs to; all its ranks work on the same sequences."""
+        ...
+
+    @property
+    def stage(self) -> Stage:
+        """What the policy is ready for, the same on every rank."""
+        ...
+
+    def enter(self, stage: Stage) -> None:
+        """Have on the device what `stage` needs and nothing else, where servers share it. Raises RuntimeError for an order
+        that cannot be. Called by `nemo_dapo.stages.Stages`, which moves the servers as well."""
+        ...
+
+    def memory_record(self) -> dict[str, Metric]:
+        """What this rank measured of its memory at the stages since the last call."""
         ...
 
     def owners(self, lengths: Tensor, minibatches: Sequence[Tensor]) -> Tensor:
@@ -84,9 +98,17 @@ class RolloutEngine(Protocol):
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
 
-    def sleep(self) -> None: ...
+    def sleep(self) -> None:
+        """Give up the device, weights included, where the servers share it with the trainer."""
+        ...
 
-    def wake_up(self) -> None: ...
+    def wake_weights(self) -> None:
+        """Have room for weights again: `update_weights` may be called, `generate` not yet."""
+        ...
+
+    def wake_up(self) -> None:
+        """Have room for everything: `generate` may be called."""
+        ...
 
     def metrics(self) -> dict[str, float]:
         """What is worth recording of the time since the last call, by full name."""

@@ -37,9 +37,10 @@ from nemo_dapo.coordination import (
 from nemo_dapo.interfaces import NonFiniteGradientError, Policy
 from nemo_dapo.losses import load_loss_fn
 from nemo_dapo.phase import Phase
+from nemo_dapo.stages import Stages
 from nemo_dapo.telemetry.memory import memory_record
 from nemo_dapo.telemetry.metrics import Last, Max, Mean, Metric, Sum, merge, merge_across_ranks, values
-from nemo_dapo.types import TrainBatch
+from nemo_dapo.types import Stage, TrainBatch
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class DAPOTrainer:
         self.resumed = resumed
         self.saved = resumed or 0  # rollout steps of the newest checkpoint
         self.config, self.policy, self.controller, self.group = config, policy, controller, group
+        self.stages = Stages(policy, controller.engine if controller else None)
         self.replicas: list[int] = gather_json(policy.replica, group)  # each rank's
         self.checkpoints = run_dir / "checkpoints"
         self.loss_fn = load_loss_fn(config.algorithm)
@@ -140,10 +142,10 @@ class DAPOTrainer:
         controller, step = self.controller, self.progress.rollout_steps + 1
         with self.phase.enter("rollout"):
             rollout = lead(lambda: controller.collect(step) if controller else never(), self.group, self.stop)
-            if rollout is not None and controller is not None:
-                controller.engine.sleep()
+            if rollout is not None:
                 self.record |= {name: Last(value) for name, value in rollout.metrics.items()}
             batch = share_batch(rollout.batch if rollout else None, self.group, self.replicas, self.owners)
+            self.stages.enter(Stage.score)
             return batch, [group.prompt.uid for group in rollout.groups] if rollout else []
 
     def owners(self, lengths: Tensor) -> Tensor:
@@ -208,6 +210,7 @@ class DAPOTrainer:
             old = None  # the only update of the step: theta is theta_old
         try:
             with self.timed("update"):
+                self.stages.enter(Stage.train)
                 metrics = self.policy.update(batch.select(chosen), self.loss_fn, old, reference)
         except NonFiniteGradientError as error:
             self.refuse(error, chosen, uids)
@@ -231,12 +234,13 @@ class DAPOTrainer:
     def sync_weights(self) -> None:
         """Give vLLM the new weights, under the rollout step as their version. Every rank takes part in the export."""
         with self.timed("sync"):
+            self.stages.enter(Stage.sync)
             weights = self.policy.export_weights()
             if self.controller is not None:
-                self.controller.engine.wake_up()
                 self.controller.engine.update_weights(weights, self.progress.rollout_steps)
             for _ in weights:
                 pass
+            self.stages.enter(Stage.generate)
 
     # ---------------------------------------------------------------- beside the algorithm
 
@@ -247,6 +251,8 @@ class DAPOTrainer:
 
     def evaluate(self) -> None:
         controller, step = self.controller, self.progress.rollout_steps
+        if self.stages.now is not Stage.generate:
+            self.sync_weights()
         try:
             with self.timed("eval"):
                 result = lead(lambda: controller.evaluate(step) if controller else never(), self.group, self.stop)
@@ -337,7 +343,7 @@ class DAPOTrainer:
 
     def log(self) -> None:
         """The step's record to the sinks, after a word with every rank: memory is the most that any of them holds."""
-        memory = merge_across_ranks(memory_record(), self.group)
+        memory = merge_across_ranks(memory_record() | self.policy.memory_record(), self.group)
         record, self.record = values(self.record | memory), {}
         if self.controller is None:
             return

@@ -8,6 +8,7 @@ Shapes: N prompts a step, G samples a prompt, B = N * G sequences, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
 # Bound on a score: Eq. 9 squares and sums those of a group in float32, whose largest number is 3.4e38. 16,384 samples of
 # this size fit with room to spare.
 MAX_SCORE = 1e15
+
+
+class Stage(Enum):
+    """What policy and servers are ready for; see nemo_dapo.stages."""
+
+    score = "score"
+    train = "train"
+    sync = "sync"
+    generate = "generate"
 
 
 @dataclass(frozen=True)

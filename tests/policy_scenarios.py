@@ -30,10 +30,13 @@ from torch import Tensor
 from nemo_dapo.batching import MicroBatch
 from nemo_dapo.config import AlgorithmConfig, DecayStyle, ModelConfig, OptimizerConfig, ParallelConfig, Precision
 from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
+from nemo_dapo.ledger import Reading, ServerMemory
 from nemo_dapo.losses import load_loss_fn
 from nemo_dapo.losses.dapo import make_loss_fn
+from nemo_dapo.stages import NEXT
+from nemo_dapo.telemetry.memory import GIB
 from nemo_dapo.telemetry.metrics import values
-from nemo_dapo.types import TrainBatch
+from nemo_dapo.types import Stage, TrainBatch
 from tests.provider_scenarios import provider_settings
 
 TIMEOUT_MINUTES = 2.0
@@ -120,7 +123,7 @@ class Job:
         )
 
     def policy(self, layout: Layout, model: str = "qwen2_tied", *, tokens: int = 128, **options: Any) -> Any:
-        """A float32 policy; Megatron's process groups become those of `layout`."""
+        """A policy, float32 unless told; Megatron's process groups become those of `layout`."""
         from nemo_dapo.megatron import parallel
 
         config = ParallelConfig(
@@ -132,8 +135,9 @@ class Job:
         from nemo_dapo.megatron.policy import MegatronPolicy
 
         optimizer = options.pop("optimizer", OptimizerConfig(lr=1e-3, warmup_steps=0))
+        precision = options.pop("precision", Precision.fp32)
         return MegatronPolicy(
-            ModelConfig(path=str(self.folder / "models" / model), precision=Precision.fp32),
+            ModelConfig(path=str(self.folder / "models" / model), precision=precision),
             config,
             optimizer,
             tokens_per_microbatch=tokens,
@@ -512,6 +516,97 @@ def checkpoint_without_padding(job: Job) -> dict[str, Any]:
         module.keep_bucket_padding = keep
 
 
+def stage_round(layout: Layout, precision: Precision) -> Callable[[Job], dict[str, Any]]:
+    """Two updates with all memory on the device; then the same with a round through every stage between them."""
+    in_words = {"precision": precision, "with_reference": True}
+
+    def scenario(job: Job) -> dict[str, Any]:
+        batch, folder = make_train_batch(), f"stages-{job.world_size}-{layout.tp}{layout.pp}{precision.value}"
+        plain = job.policy(layout, **in_words)
+        expected = {"first": values(plain.update(batch, LOSS, None)), "scores": plain.logprobs(batch)}
+        expected |= {"reference": plain.reference_logprobs(batch), "next": values(plain.update(batch, LOSS, None))}
+        expected |= {"weights": weights_of(plain)}
+
+        policy = job.policy(layout, **in_words, offload=True)
+        seen: dict[str, Any] = {"refused": refused_orders(policy)}
+        got = {"first": values(policy.update(batch, LOSS, None))}
+        held = held_tensors(policy)
+        before = {name: tensor.clone() for name, tensor in held.items()}
+        _save(job, policy, f"{folder}-train")
+        for stage in (Stage.sync, Stage.generate):
+            policy.enter(stage)
+            policy.enter(stage)
+            seen |= {stage: {name: tensor.untyped_storage().nbytes() for name, tensor in held.items()}}
+            seen["refused"] |= refused_orders(policy)
+            _save(job, policy, f"{folder}-{stage.value}")
+        seen["refused verbs"] = [error_of(verb) for verb in (policy.export_weights, lambda: policy.logprobs(batch))]
+        policy.enter(Stage.score)
+        got |= {"scores": policy.logprobs(batch), "reference": policy.reference_logprobs(batch)}
+        seen["reference after use"] = sum(p.untyped_storage().nbytes() for p in policy.reference[0].parameters())
+        seen["refused update"] = error_of(lambda: policy.update(batch, LOSS, None))
+        policy.enter(Stage.train)
+        seen["equal"] = {name: torch.equal(tensor, before[name]) for name, tensor in held.items()}
+        seen["gradients"] = {float(b.grad_data.abs().max()) for c in policy.model for b in c.buffers}
+        got |= {"next": values(policy.update(batch, LOSS, None)), "weights": weights_of(policy)}
+        for name in ("train", "sync", "generate"):
+            loaded = job.policy(layout, **in_words)
+            loaded.load(job.folder / f"{folder}-{name}")
+            seen[f"loaded {name}"] = all(
+                torch.equal(tensor, before[key]) for key, tensor in held_tensors(loaded).items() if key != "gradients"
+            )
+        return {"expected": expected, "got": got, "seen": seen}
+
+    return scenario
+
+
+def weights_alone(job: Job) -> dict[str, Any]:
+    """A policy that is not to be trained reads a checkpoint, rests on the host, and is exported and scored."""
+    policy, batch = job.policy(Layout(), trainable=False, offload=True), make_train_batch()
+    policy.load(job.folder / "ck1")
+    parameters = list(policy.model[0].parameters())
+    refused = error_of(lambda: policy.update(batch, LOSS, None))
+    policy.enter(Stage.sync)
+    out = {"weights": weights_of(policy), "refused": refused, "optimizer": policy.optimizer}
+    policy.enter(Stage.generate)
+    out["bytes"] = sum(p.untyped_storage().nbytes() for p in parameters)
+    policy.enter(Stage.score)
+    trained = job.policy(Layout())
+    trained.load(job.folder / "ck1")
+    return out | {"scores": policy.logprobs(batch), "trained scores": trained.logprobs(batch)}
+
+
+def held_tensors(policy: Any) -> dict[str, Tensor]:
+    """Parameters, master weights, moments, and the flat buffer of the gradients."""
+    named = {f"parameter {i} {n}": p.data for i, c in enumerate(policy.model) for n, p in c.named_parameters()}
+    inner = policy.optimizer.chained_optimizers[0].optimizer
+    for i, (tensor, state) in enumerate(inner.state.items()):
+        named |= {f"master {i}": tensor.data} | {f"{key} {i}": value for key, value in state.items()}
+    return named | {"gradients": policy.model[0].buffers[0].grad_data}
+
+
+def refused_orders(policy: Any) -> dict[tuple[Stage, Stage], str]:
+    """What is said of every stage that may not follow the present one."""
+    wrong = [stage for stage in Stage if stage not in (policy.stage, *NEXT[policy.stage])]
+    return {(policy.stage, stage): error_of(functools.partial(policy.enter, stage)) for stage in wrong}
+
+
+def ledger_of_made_up_readings(job: Job) -> dict[str, Any]:
+    """Rank 1 alone is short of memory, first for the servers' weights, then for their cache."""
+    policy, out = job.policy(Layout(), offload=True, servers=ServerMemory(weights=10 * GIB, cache=40 * GIB)), {}
+    policy.update(make_train_batch(), LOSS, None)
+    short = Reading(free=5 * GIB, total=80 * GIB, allocated=30 * GIB, reserved=33 * GIB)
+    roomy = Reading(free=60 * GIB, total=80 * GIB, allocated=2 * GIB, reserved=3 * GIB)
+    for stage in (Stage.sync, Stage.generate):
+        policy.memory.read = lambda: short if job.rank == 1 else roomy
+        try:
+            policy.enter(stage)
+        except RuntimeError as error:
+            out[stage] = type(error).__name__, str(error), policy.stage
+        policy.memory.read = lambda: roomy
+        policy.enter(stage)
+    return out | {"metrics": policy.memory_record(), "then": policy.memory_record()}
+
+
 def shrink(job: Job) -> dict[str, Any] | None:
     """The job ends; rank 0 goes on alone and loads what all four saved."""
     from nemo_dapo.megatron import parallel
@@ -679,6 +774,7 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
         "first_step": first_step(Layout()),
         "checkpoint": checkpoint(Layout(), "ck1"),
         "forgetful load": forgetful_load,
+        "weights alone": weights_alone,
         "changed options": changed_options,
         "payloads": payloads,
         "unreadable": unreadable,
@@ -692,6 +788,11 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
         "packed_attention": packed_attention,
     },
     2: {
+        "stages tp2": stage_round(TP2, Precision.bf16),
+        "stages pp2": stage_round(PP2, Precision.fp32),
+        "stages dp2": stage_round(Layout(), Precision.bf16),
+        "stages dp2 fp32": stage_round(Layout(), Precision.fp32),
+        "ledger": ledger_of_made_up_readings,
         "own_gradient": own_gradient,
         "sharded_scores": sharded_scores,
         "first_step tp2": first_step(TP2),

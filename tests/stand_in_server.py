@@ -156,6 +156,7 @@ class StandIn(ThreadingHTTPServer):
         self.bodies: list[dict[str, Any]] = []
         self.metrics, self.version, self.has_frames = "", "0", True
         self.calls: list[str] = []
+        self.asked: list[str] = []  # the same with their queries
         self.sick_calls: dict[str, list[Act]] = {}  # what control routes do instead of working, an entry a call
         self.closing, self.dropped, self.go_on = threading.Event(), threading.Event(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -166,6 +167,7 @@ class StandIn(ThreadingHTTPServer):
         """Every other route works, and remembers the version of the weights."""
         route = handler.path.partition("?")[0]
         self.calls.append(route)
+        self.asked.append(handler.path)
         if self.sick_calls.get(route):
             self.sick_calls[route].pop(0)(handler)
             return
@@ -190,6 +192,7 @@ class StandInServers:
         self.dead: set[int] = set()
         self.cures: dict[int, Callable[[], None]] = {}
         self.restarts: list[int] = []
+        self.ended: list[int] = []
 
     def __len__(self) -> int:
         return len(self.servers)
@@ -204,6 +207,9 @@ class StandInServers:
         return f"vLLM server {index} ended"
 
     def start(self) -> None: ...
+
+    def end(self, index: int) -> None:
+        self.ended.append(index)
 
     def restart(self, index: int) -> None:
         self.restarts.append(index)

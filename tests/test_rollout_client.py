@@ -573,8 +573,9 @@ def test_a_call_that_a_dead_engine_never_answers_is_not_waited_for(
             engine.upkeep.prepare(0)
         return
     engine.sleep()
-    engine.wake_up()
+    engine.wake_weights()
     engine.update_weights(WEIGHTS, 5)
+    engine.wake_up()
     assert (servers.restarts, fresh.version) == ([0], "5")
     assert re.search(said, caplog.text)
 
@@ -643,18 +644,58 @@ def test_weights_that_even_a_fresh_server_refuses_end_the_run_after_one_restart(
     assert servers.restarts == [0]
 
 
-def test_a_server_that_failed_at_waking_up_is_restarted_by_the_next_update(start, engine_over, caplog):
+def test_servers_lose_their_weights_in_sleep_and_resume_only_with_new_ones_and_their_cache(start, engine_over):
     server = start()
-    server.sick_calls["/wake_up"] = [stand.answer(b"EngineCore encountered an issue", 500)]
-    servers = StandInServers(server.url)
+    engine = engine_over(StandInServers(server.url), vllm={"enable_sleep_mode": True})
+    for version in (1, 2):
+        engine.sleep()
+        engine.sleep()
+        engine.wake_weights()
+        engine.update_weights(WEIGHTS, version)
+        engine.wake_up()
+        engine.wake_up()
+    about = [call for call in server.asked if call.startswith(("/sleep", "/wake_up", "/update_weights", "/resume"))]
+    once = ["/sleep?level=2", "/wake_up?tags=weights", "/update_weights", "/wake_up?tags=kv_cache", "/resume"]
+    assert about == 2 * once
+
+
+@pytest.mark.parametrize("route", ["/sleep", "/wake_up", "/update_weights", "/resume"])
+def test_a_server_that_fails_while_the_trainer_is_on_its_device_is_restarted_once_it_has_left(
+    route, start, engine_over, caplog
+):
+    sick, well = start(current), start(current)
+    sick.sick_calls[route] = [stand.answer(b"EngineCore encountered an issue", 500)]
+    servers = StandInServers(sick.url, well.url)
     engine = engine_over(servers, vllm={"enable_sleep_mode": True})
     engine.sleep()
-    engine.wake_up()
-    assert servers.restarts == []
+    assert servers.ended == ([0] if route == "/sleep" else [])
+    engine.wake_weights()
     engine.update_weights(WEIGHTS, 1)
+    assert servers.restarts == []
+    engine.wake_up()
     assert servers.restarts == [0]
-    assert server.version == "1"
-    assert "the next weight update restarts it" in caplog.text
+    assert (sick.version, well.version) == ("1", "1")
+    assert "restarted when the" in caplog.text
+    assert generate(engine)
+
+
+def test_falling_asleep_waits_for_a_restart_under_way(start, engine_over):
+    """A fresh server is awake: it would take the device while the trainer is on it."""
+    server = start()
+    servers = StandInServers(server.url)
+    engine = engine_over(servers, progress_timeout=0.4, vllm={"enable_sleep_mode": True})
+    ready = threading.Event()
+    servers.cures[0] = lambda: ready.wait(20)  # type: ignore[assignment,return-value]
+    servers.dead = {0}
+    assert wait_for(lambda: servers.restarts == [0])
+    sleeping = threading.Thread(target=engine.sleep)
+    sleeping.start()
+    sleeping.join(0.3)
+    assert sleeping.is_alive()
+    assert "/sleep" not in server.calls
+    ready.set()
+    sleeping.join(20)
+    assert server.calls[-1] == "/sleep"
 
 
 def test_an_answer_under_older_weights_than_the_request_s_is_not_trained_on(start, engine_over):
@@ -718,9 +759,11 @@ def test_a_server_that_dies_asleep_is_restarted_once_the_trainer_has_left_the_de
     engine.sleep()
     servers.dead = {0}
     time.sleep(0.5)  # twenty looks at it
+    engine.wake_weights()
+    engine.update_weights(WEIGHTS, 1)
     assert servers.restarts == []
     engine.wake_up()
-    assert wait_for(lambda: servers.restarts == [0])
+    assert servers.restarts == [0]
 
 
 def test_requests_of_a_server_that_is_restarted_go_elsewhere_meanwhile(start, engine_over):

@@ -35,9 +35,10 @@ from nemo_dapo.config import (
 )
 from nemo_dapo.controller import Rollout
 from nemo_dapo.interfaces import NonFiniteGradientError
+from nemo_dapo.stages import check_order
 from nemo_dapo.telemetry.metrics import Mean
 from nemo_dapo.trainer import DAPOTrainer
-from nemo_dapo.types import Group, Prompt, Sample, Verdict
+from nemo_dapo.types import Group, Prompt, Sample, Stage, Verdict
 
 N, G, R = 2, 2, 3  # prompts, samples a prompt, response tokens
 
@@ -79,8 +80,20 @@ class Stub:
     def sleep(self) -> None:
         self.calls.append("sleep")
 
+    def wake_weights(self) -> None:
+        self.calls.append("wake weights")
+
     def wake_up(self) -> None:
         self.calls.append("wake up")
+
+    stage = Stage.train
+
+    def enter(self, stage: Stage) -> None:
+        check_order(self.stage, stage)
+        self.stage = stage
+
+    def memory_record(self) -> dict[str, Any]:
+        return {}
 
     async def collect(self, step: int) -> Rollout:
         self.calls.append(f"collect {step}")
@@ -198,8 +211,9 @@ def model_folder(folder: Path) -> Path:
 def test_servers_sleep_from_the_end_of_the_rollout_to_the_next_weights(tmp_path: Path) -> None:
     stub = Stub()
     trainer(stub, tmp_path).fit()
-    step = ["sleep", "logprobs", "update", "update", "wake up"]
-    assert stub.calls == ["wake up", "weights 0", "collect 1", *step, "weights 1", "collect 2", *step, "weights 2"]
+    step = ["sleep", "logprobs", "update", "update"]
+    first, second, third = (["wake weights", f"weights {version}", "wake up"] for version in range(3))
+    assert stub.calls == [*first, "collect 1", *step, *second, "collect 2", *step, *third]
 
 
 def test_a_steps_metrics_weigh_every_token_alike(tmp_path: Path) -> None:
@@ -264,7 +278,7 @@ def test_a_steps_record_is_written_before_its_checkpoint(tmp_path: Path) -> None
 def test_a_full_disk_ends_the_run_and_names_the_last_checkpoint(tmp_path: Path) -> None:
     stub = Stub()
     saving_trainer(stub, tmp_path).fit()
-    stub.disk_full = True
+    stub.disk_full, stub.stage = True, Stage.train  # as a policy is that was just built
     failing = saving_trainer(stub, tmp_path, resumed=2)
     failing.config.trainer.max_steps = 3
     with pytest.raises(CheckpointError, match=r"step_000003 was not written.*No space left.*is that of step 2"):

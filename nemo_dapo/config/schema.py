@@ -47,6 +47,12 @@ class Resume(Enum):
     never = "never"
 
 
+class Offload(Enum):
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 class OnFailedSave(Enum):
     stop = "stop"
     go_on = "go_on"
@@ -244,6 +250,8 @@ class AlgorithmConfig:
 class TrainerConfig:
     max_steps: int = number(1000, at_least=1)  # rollout steps
     tokens_per_microbatch: int = number(22528, at_least=1)  # packed tokens in one micro-batch
+    # the policy's memory rests on the host while the servers generate: auto = where they share its GPUs
+    offload: Offload = Offload.auto
 
 
 @dataclass

@@ -58,8 +58,9 @@ def _sharded_state(model: list[Any], optimizer: Any, scheduler: Any, *, is_loadi
     for i, chunk in enumerate(model):
         name = "model" if len(model) == 1 else f"model{i}"
         state[name] = unwrap_model(chunk).sharded_state_dict(prefix="", metadata=metadata)
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-    state["scheduler"] = scheduler.state_dict()
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+        state["scheduler"] = scheduler.state_dict()
     return state
 
 
@@ -135,6 +136,8 @@ def save(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> list[P
 def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> None:
     """Read from `path` into the model, the optimizer and the schedule, whose options stay as they are; collective.
 
+    Without an optimizer the weights alone.
+
     Raises RuntimeError that names the checkpoint and the cause.
     """
     try:
@@ -145,12 +148,17 @@ def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> None:
             weights = state["model" if len(model) == 1 else f"model{i}"]
             refuse_pickled_modules(weights)
             unwrap_model(chunk).load_state_dict(weights, strict=True)
-        options = [{k: v for k, v in group.items() if k not in KEPT_BY_STEP} for group in optimizer.param_groups]
-        # float32 parameters are leaves that require gradients: Megatron copies into them in place.
-        with torch.no_grad():
-            optimizer.load_state_dict(state["optimizer"])
+        if optimizer is not None:
+            _load_optimizer(state, optimizer, scheduler)
     except (CheckpointException, Exception) as error:
         raise RuntimeError(f"cannot read the checkpoint {path}: {_cause(error)}; {REMEDY}") from error
+
+
+def _load_optimizer(state: dict[str, Any], optimizer: Any, scheduler: Any) -> None:
+    options = [{k: v for k, v in group.items() if k not in KEPT_BY_STEP} for group in optimizer.param_groups]
+    # float32 parameters are leaves that require gradients: Megatron copies into them in place.
+    with torch.no_grad():
+        optimizer.load_state_dict(state["optimizer"])
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
     scheduler.num_steps = int(state["scheduler"]["num_steps"])

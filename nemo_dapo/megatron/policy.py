@@ -30,13 +30,15 @@ from nemo_dapo.batching import MicroBatch, pack, plan_minibatches, scatter_logpr
 from nemo_dapo.collectives import gather_json
 from nemo_dapo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
+from nemo_dapo.ledger import ServerMemory
 from nemo_dapo.megatron import checkpoint, weights
 from nemo_dapo.megatron.head import ScoringHead
+from nemo_dapo.megatron.memory import PolicyMemory
 from nemo_dapo.megatron.optimizer import ddp_config, make_optimizer
 from nemo_dapo.megatron.parallel import device
 from nemo_dapo.megatron.provider import make_provider
 from nemo_dapo.telemetry.metrics import Max, Mean, Metric
-from nemo_dapo.types import TrainBatch
+from nemo_dapo.types import Stage, TrainBatch
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +55,29 @@ class MegatronPolicy:
         tokens_per_microbatch: int,
         temperature: float = 1.0,
         with_reference: bool = False,
+        trainable: bool = True,
+        offload: bool = False,
+        servers: ServerMemory | None = None,
     ) -> None:
+        """Without `trainable` it has weights alone, to load, score and export: no gradients, no optimizer states.
+
+        With `offload` memory leaves the device where a stage does not need it; `servers` is what they take of it then.
+        """
         self.max_tokens = tokens_per_microbatch
         self.ddp_options = parallel.ddp
         self.source = Path(model.path)
         self.bridge = weights.load_bridge(model.path)
         self.provider = make_provider(self.bridge, model, parallel)
         self.head = ScoringHead(int(self.bridge.hf_pretrained.config.vocab_size), temperature, model.fp32_logits)
-        self.model = self._build(trainable=True)
+        self.model = self._build(trainable=trainable)
         self.reference = self._build(trainable=False) if with_reference else None
-        checkpoint.keep_bucket_padding(self.model)
-        self.optimizer, self.scheduler = make_optimizer(self.model, self.provider, optimizer)
-        self._wire_schedule()
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        if trainable:
+            checkpoint.keep_bucket_padding(self.model)
+            self.optimizer, self.scheduler = make_optimizer(self.model, self.provider, optimizer)
+            self._wire_schedule()
+        self.memory = PolicyMemory(self.model, self.optimizer, self.reference, moves=offload, servers=servers)
         self.bad_tokens: list[tuple[Tensor, Tensor]] = []
         self.local_gradient_finite = torch.ones((), dtype=torch.bool)
 
@@ -90,6 +103,19 @@ class MegatronPolicy:
         if self.model[0].ddp_config.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.model]
             config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+
+    # ---------------------------------------------------------------- memory
+
+    @property
+    def stage(self) -> Stage:
+        return self.memory.stage
+
+    def enter(self, stage: Stage) -> None:
+        """See PolicyMemory.enter, and nemo_dapo.stages for who holds what in each stage."""
+        self.memory.enter(stage)
+
+    def memory_record(self) -> dict[str, Metric]:
+        return self.memory.take_metrics()
 
     # ---------------------------------------------------------------- forward
 
@@ -160,10 +186,13 @@ class MegatronPolicy:
     def reference_logprobs(self, batch: TrainBatch, minibatches: Sequence[Tensor] | None = None) -> Tensor:
         """The same under the frozen reference model; raises when the policy was built without one."""
         assert self.reference is not None, "built with with_reference=False"
-        return self._logprobs_of(self.reference, batch, minibatches)
+        with self.memory.reference_here():
+            return self._logprobs_of(self.reference, batch, minibatches)
 
     @torch.no_grad()
     def _logprobs_of(self, model: list[Any], batch: TrainBatch, minibatches: Sequence[Tensor] | None) -> Tensor:
+        self.memory.require(Stage.score, Stage.train)
+
         def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
             out, _ = self._forward(iterator, chunk)
             return out, lambda scores, non_loss_data: scores[0, :, 0]
@@ -190,6 +219,7 @@ class MegatronPolicy:
         the largest one, and `lr`, the same on every rank. Raises NonFiniteGradientError, on every rank and with the weights
         untouched, instead of stepping.
         """
+        self.memory.require(Stage.train)
         self._zero_gradients()
         grad_norm, means = self.accumulate_gradients(batch, loss_fn, old_logprobs, ref_logprobs)
         if not math.isfinite(grad_norm):
@@ -279,25 +309,32 @@ class MegatronPolicy:
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter once, by its Hugging Face name, full, on every rank."""
+        self.memory.require(Stage.score, Stage.train, Stage.sync)
         return weights.export_weights(self.bridge, self.model)
 
     def save_hf(self, path: Path) -> None:
         """Write the policy as a Hugging Face directory. Raises on rank 0 where it is not written, or not whole."""
+        self.memory.require(Stage.score, Stage.train, Stage.sync)
         weights.save_hf_model(self.bridge, self.model, self.source, path)
 
     def save(self, path: Path) -> list[Path]:
         """Write weights, optimizer and schedule to the existing directory `path`, sharded; returns this rank's files.
 
+        In any stage: what is away from the device is read where it is.
+
         Raises RuntimeError that names the cause.
         """
-        return checkpoint.save(path, self.model, self.optimizer, self.scheduler)
+        with self.memory.readable():
+            return checkpoint.save(path, self.model, self.optimizer, self.scheduler)
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote, also under another tensor, pipeline or data parallel size.
 
-        Weights, moments and the number of steps are the checkpoint's, every option of the optimizer is this policy's.
+        Weights, moments and the number of steps are the checkpoint's, every option of the optimizer is this policy's. One
+        that is not trainable reads the weights alone.
         Raises RuntimeError that names the cause; nothing in the checkpoint is unpickled.
         """
+        self.memory.require(Stage.score, Stage.train)
         checkpoint.load(path, self.model, self.optimizer, self.scheduler)
 
 

@@ -46,7 +46,6 @@ class VLLMEngine:
     ) -> None:
         self.config, self.servers, self.store = config, servers, store
         self._told: dict[str, int] = {}  # of the totals, what `metrics` has told
-        self._asleep = False
         client.allow_open_files(len(servers) * config.max_concurrent_sequences)
         self.loop = LoopThread("rollout")
         self.upkeep = Upkeep(config, servers, store, self.loop)
@@ -138,16 +137,23 @@ class VLLMEngine:
         self.upkeep.update(weights, version)
 
     def sleep(self) -> None:
-        """Free the servers' GPU memory while the trainer works, where `rollout.vllm.enable_sleep_mode` is set."""
-        if self.config.vllm.get("enable_sleep_mode") and not self._asleep:
-            self._asleep = True
+        """Free the servers' GPU memory while the trainer works, where `rollout.vllm.enable_sleep_mode` is set.
+
+        Weights are not kept: they are sent anew before the servers are asked again. Waits for a restart under way.
+        """
+        if self.config.vllm.get("enable_sleep_mode") and not self.upkeep.asleep:
             self.upkeep.sleep()
 
+    def wake_weights(self) -> None:
+        """Give sleeping servers room for weights, which `update_weights` fills; nothing where they have it."""
+        self.upkeep.wake_weights()
+
     def wake_up(self) -> None:
-        """Undo `sleep`; nothing where the servers are awake."""
-        if self._asleep:
-            self._asleep = False
-            self.upkeep.wake_up()
+        """Have the servers serve again, after `wake_weights` and `update_weights`; nothing where they are awake.
+
+        Those that failed since they slept are restarted here, where the trainer holds nothing of their devices.
+        """
+        self.upkeep.wake_up()
 
     def metrics(self) -> dict[str, float]:
         """What happened at the servers since the last call, to be recorded with the step; see docs/troubleshooting.md."""

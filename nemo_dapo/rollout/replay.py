@@ -67,6 +67,9 @@ class ReplayEngine:
     def sleep(self) -> None:
         """There is no server to put to sleep."""
 
+    def wake_weights(self) -> None:
+        """Nor one to wake."""
+
     def wake_up(self) -> None:
         """Nor one to wake."""
 

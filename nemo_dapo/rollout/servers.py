@@ -177,6 +177,10 @@ class VLLMServers:
         self._spawn(server)
         self._wait_healthy(server, time.monotonic() + self.config.start_timeout)
 
+    def end(self, index: int) -> None:
+        """Kill server `index`; `restart` brings it back."""
+        self._end(self._server(index), kill=True)
+
     def close(self, *, kill: bool = False) -> None:
         """End all servers, in parallel, at once where they are still starting or `kill` says so; safe to call twice, and
         from any thread."""

@@ -38,6 +38,7 @@ HEALTH_SECONDS = 4.0  # and /health
 PULSE_SECONDS = 1.0  # between two looks at whether a server that is to do something can still do it
 MAX_REFUSED = 3  # connections in a row, by a server that served before: it has stopped listening
 STARTING, ASLEEP = "start", "sleep"  # why servers may be silent or gone for a while
+WEIGHTS, CACHE = "weights", "kv_cache"  # what a server can wake by itself, as vLLM names it
 
 ServerCall = Callable[[httpx.AsyncClient, float], Awaitable[T]]
 
@@ -58,10 +59,11 @@ class Upkeep:
         self.restarts = 0
         self.asked = [client.Server(server.url) for server in servers.servers]
         self.paused: list[str] = []
+        self.asleep: set[str] = set()  # what the servers have given up
         self.files: list[Path] | None = []  # of the newest weights; none before the first update, None if it failed
         self._weights = threading.Lock()  # held while the files or what they are change
         self._has_newest = [True] * len(servers)  # False while a restarted server has yet to be given the files
-        self._unwell: dict[int, tuple[Life, str]] = {}  # what failed at sleeping or waking: the next update restarts it
+        self._unwell: dict[int, tuple[Life, str]] = {}  # what failed at sleeping or waking, to be restarted
         self._loop = loop
         self.fleet = self._run(self._open())
 
@@ -120,32 +122,58 @@ class Upkeep:
         if now is not life:
             fault = None  # of a life that is over
         fault = fault or await self._fault_of(member, "take the weights", self._push)
-        if fault:
+        if fault and self.asleep:  # a fresh server takes its whole share of a device where the trainer still is
+            log.error("%s; it is restarted when the others wake up", fault)
+            self._unwell[member.index] = now, fault
+        elif fault:
             await self.fleet.attend(member, now, fault, is_fatal=True)
 
     async def _push(self, http: httpx.AsyncClient, deadline: float) -> None:
-        await weight_sync.push_weights(http, self.files or [], self.version, deadline)
+        resume = not self.asleep  # without its cache a server cannot go on
+        await weight_sync.push_weights(http, self.files or [], self.version, deadline, resume=resume)
 
     # ---------------------------------------------------------------- sleep
 
     def sleep(self) -> None:
+        """As `VLLMEngine.sleep`, where the servers are awake."""
         self.paused.append(ASLEEP)
-        self._everywhere("/sleep", {"level": "1"})
+        self._everywhere("/sleep", {"level": "2"})
+        for index in self._unwell:  # it would keep the device from the trainer
+            self.servers.end(index)
+        self.asleep = {WEIGHTS, CACHE}
+
+    def wake_weights(self) -> None:
+        """As `VLLMEngine.wake_weights`."""
+        if WEIGHTS in self.asleep:
+            self._everywhere("/wake_up", {"tags": WEIGHTS})
+            self.asleep.remove(WEIGHTS)
 
     def wake_up(self) -> None:
-        self._everywhere("/wake_up", {})
+        """As `VLLMEngine.wake_up`."""
+        if not self.asleep:
+            return
+        assert WEIGHTS not in self.asleep, "wake_weights and update come before"
+        self._everywhere("/wake_up", {"tags": CACHE})
+        self._everywhere("/resume", {})
+        self.asleep = set()
+        unwell, self._unwell = self._unwell, {}
+        faults = [(self.fleet.members[index], *what) for index, what in unwell.items()]
+        self._run(all_or_none([self.fleet.attend(m, life, fault, is_fatal=True) for m, life, fault in faults]))
         self.paused[:] = [reason for reason in self.paused if reason != ASLEEP]
 
     def _everywhere(self, route: str, params: dict[str, str]) -> None:
-        """One call of a control route on each; a server that fails at it is restarted, awake, by the next update."""
+        """One call of a control route on each; a server that fails at it is restarted when the servers wake up."""
 
         async def ask(http: httpx.AsyncClient, deadline: float) -> None:
             await control.call(http, "POST", route, deadline, params=params)
 
         async def each(member: Member) -> None:
-            life = member.life
+            async with member.repair:  # a restart under way would bring it up awake
+                life = member.life
+            if member.index in self._unwell:
+                return
             if fault := await self._fault_of(member, f"answer {route}", ask):
-                log.error("%s; the next weight update restarts it", fault)
+                log.error("%s; it is restarted when the servers wake up", fault)
                 self._unwell[member.index] = life, fault
 
         with self.quiet(route):

@@ -137,13 +137,15 @@ def roomy_folder(needed: int) -> Path:
     return fallback
 
 
-async def push_weights(http: httpx.AsyncClient, files: Iterable[Path], version: int, deadline: float) -> None:
+async def push_weights(
+    http: httpx.AsyncClient, files: Iterable[Path], version: int, deadline: float, *, resume: bool = True
+) -> None:
     """Make one server load `files` as weight version `version` and check that it says so.
 
     Requests in flight are frozen, not aborted: their key-value cache is dropped and recomputed with the new weights, and
-    the spans of their samples name both versions. `deadline` is of time.monotonic(). Raises RuntimeError when the server
-    refuses a call or ends up with another version, ServerDiedError or httpx.TransportError when it is gone, TimeoutError
-    when it is late.
+    the spans of their samples name both versions. Without `resume` the server stays paused. `deadline` is of
+    time.monotonic(). Raises RuntimeError when the server refuses a call or ends up with another version, ServerDiedError or
+    httpx.TransportError when it is gone, TimeoutError when it is late.
     """
     await pause(http, deadline)
     await call(http, "POST", "/start_weight_update", deadline, may_be_absent=True)
@@ -153,7 +155,8 @@ async def push_weights(http: httpx.AsyncClient, files: Iterable[Path], version: 
     await call(http, "POST", "/reset_prefix_cache", deadline, params={"reset_running_requests": "true"})
     # The version last: tokens carry it only once the weights and the cache are the new ones.
     await set_version(http, version, deadline)
-    await call(http, "POST", "/resume", deadline)
+    if resume:
+        await call(http, "POST", "/resume", deadline)
 
 
 async def pause(http: httpx.AsyncClient, deadline: float) -> None:
