@@ -345,6 +345,7 @@ def main() -> None:
         stand_in_servers(args.servers, args.tokens, args.frames_per_second) as urls,
         engine_for(urls, args) as engine,
     ):
+        asyncio.run(engine.upkeep.look(0))  # what this imports, the start of real servers would have imported
         before = psutil.Process().memory_info().rss / 2**30
         collected, batch = asyncio.run(rollout(engine, args, hearts, stages))
         tokens, kept, dropped = collected.generated_tokens, len(collected.groups), len(collected.dropped)

@@ -1,4 +1,8 @@
-"""One event loop for the whole run, in a thread of its own: connections and requests outlive the step that made them."""
+"""One event loop for the whole run, in a thread of its own: connections and requests outlive the step that made them.
+
+It is libuv's (uvloop): a step of 8,192 answers of 20,480 tokens wakes it 170,000 times, and asyncio's own loop takes an
+eighth more for that.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import uvloop
+
 T = TypeVar("T")
 END_SECONDS = 10.0  # for what still runs to end when it is cancelled
 
@@ -16,7 +22,7 @@ class LoopThread:
     """Runs coroutines in its thread from `start` on (the first `submit` starts it) until `close`."""
 
     def __init__(self, name: str) -> None:
-        self.loop = asyncio.new_event_loop()
+        self.loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
         self._lock = threading.Lock()
 
