@@ -302,6 +302,7 @@ def planned(lengths: Tensor, args: argparse.Namespace) -> list[list[list[int]]]:
         lengths,
         minibatches(lengths.numel(), -(-lengths.numel() // 16), 1),
         max_tokens=args.prompt_tokens + args.tokens,
+        hidden_size=5120,
         data_parallel_size=args.replicas,
     )
 

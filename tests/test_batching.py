@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nemo_dapo.batching import make_batch, minibatches, pack, plan_microbatches, plan_minibatches, scatter_logprobs
+from nemo_dapo.batching import (
+    costs,
+    make_batch,
+    minibatches,
+    pack,
+    plan_microbatches,
+    plan_minibatches,
+    scatter_logprobs,
+)
 from nemo_dapo.types import Group, Prompt, Sample, TrainBatch, Verdict
 
 
@@ -112,44 +120,77 @@ def test_a_moved_micro_batch_keeps_its_values() -> None:
 
 # ------------------------------------------------------------------ plan_microbatches
 
+WIDE = 10**6  # so wide a model that a sequence costs its tokens
 LENGTHS = st.lists(st.integers(1, 64), min_size=0, max_size=40)
 
 
 @given(lengths=LENGTHS, max_tokens=st.integers(64, 300), ranks=st.integers(1, 5))
 @settings(max_examples=200, deadline=None)
 def test_a_plan_holds_every_sequence_once_within_the_budget(lengths: list[int], max_tokens: int, ranks: int) -> None:
-    plan = plan_microbatches(lengths, max_tokens=max_tokens, data_parallel_size=ranks)
+    plan = plan_microbatches(lengths, max_tokens=max_tokens, hidden_size=WIDE, data_parallel_size=ranks)
     bins = [bin_ for rank in plan for bin_ in rank]
     assert sorted(i for bin_ in bins for i in bin_) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in bin_) <= max_tokens for bin_ in bins)
     assert len(plan) == ranks
     assert {len(rank) for rank in plan} == {len(plan[0])}  # ranks that disagree wait for each other for ever
-    assert plan == plan_microbatches(lengths, max_tokens=max_tokens, data_parallel_size=ranks)
+    assert plan == plan_microbatches(lengths, max_tokens=max_tokens, hidden_size=WIDE, data_parallel_size=ranks)
 
 
 @given(lengths=st.lists(st.integers(1, 64), min_size=8, max_size=60), ranks=st.integers(2, 4))
 @settings(max_examples=100, deadline=None)
 def test_no_rank_has_more_than_a_micro_batchs_difference_to_carry(lengths: list[int], ranks: int) -> None:
     """Full and empty bins alternate: totals differ by at most the spread of the bins, never by one a lap."""
-    plan = plan_microbatches(lengths, max_tokens=128, data_parallel_size=ranks)
+    plan = plan_microbatches(lengths, max_tokens=128, hidden_size=WIDE, data_parallel_size=ranks)
     totals = [sum(lengths[i] for bin_ in rank for i in bin_) for rank in plan]
     loads = [sum(lengths[i] for i in bin_) for rank in plan for bin_ in rank]
     assert max(totals) - min(totals) <= max(loads) - min(loads)
 
 
+def test_a_long_sequence_costs_more_than_its_tokens() -> None:
+    """n + n^2 / (6 H): at H = 5120 a sequence of 20,480 tokens costs two thirds more than ten of 2,048."""
+    long, short = costs([20480, 2048], 5120)
+    assert long == pytest.approx(20480 * (1 + 20480 / 30720))
+    assert long / (10 * short) == pytest.approx((1 + 2 / 3) / (1 + 1 / 15))
+
+
+def test_bins_are_balanced_by_cost_within_the_budget_of_tokens() -> None:
+    """H = 1: 12 tokens cost 36, 4 tokens 6.7. All short ones stay below the long one; by tokens two would join it."""
+    lengths = [12, 4, 4, 4, 4, 4, 4]
+    narrow = plan_microbatches(lengths, max_tokens=24, hidden_size=1, data_parallel_size=2)
+    assert sorted(narrow) == [[[0]], [[1, 2, 3, 4, 5, 6]]]
+    wide = plan_microbatches(lengths, max_tokens=24, hidden_size=WIDE, data_parallel_size=2)
+    assert sorted(sum(lengths[i] for i in bin_) for rank in wide for bin_ in rank) == [16, 20]
+
+
+def test_the_cheapest_bin_is_passed_over_where_it_has_no_room() -> None:
+    """H = 1: the long one's bin is the dearest throughout, but after five short ones the other is full."""
+    plan = plan_microbatches([12, 4, 4, 4, 4, 4, 4], max_tokens=20, hidden_size=1, data_parallel_size=2)
+    assert sorted(plan) == [[[0, 6]], [[1, 2, 3, 4, 5]]]
+
+
+@given(lengths=LENGTHS, max_tokens=st.integers(64, 300), ranks=st.integers(1, 5), hidden=st.integers(1, 64))
+@settings(max_examples=100, deadline=None)
+def test_a_plan_by_cost_keeps_the_budget_too(lengths: list[int], max_tokens: int, ranks: int, hidden: int) -> None:
+    plan = plan_microbatches(lengths, max_tokens=max_tokens, hidden_size=hidden, data_parallel_size=ranks)
+    bins = [bin_ for rank in plan for bin_ in rank]
+    assert sorted(i for bin_ in bins for i in bin_) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in bin_) <= max_tokens for bin_ in bins)
+    assert {len(rank) for rank in plan} == {len(plan[0])}
+
+
 def test_a_plan_by_hand() -> None:
     """Longest first into the emptiest of two bins: 6 | 5, then 4 to the 5, then 3 to the 6."""
-    assert plan_microbatches([3, 6, 4, 5], max_tokens=9, data_parallel_size=2) == [[[0, 1]], [[2, 3]]]
+    assert plan_microbatches([3, 6, 4, 5], max_tokens=9, hidden_size=WIDE, data_parallel_size=2) == [[[0, 1]], [[2, 3]]]
 
 
 def test_a_budget_of_one_sequence_gives_one_a_micro_batch() -> None:
-    plan = plan_microbatches([30, 40, 25], max_tokens=40, data_parallel_size=2)
+    plan = plan_microbatches([30, 40, 25], max_tokens=40, hidden_size=WIDE, data_parallel_size=2)
     assert sorted(len(bin_) for rank in plan for bin_ in rank) == [0, 1, 1, 1]
 
 
 def test_a_sequence_longer_than_the_budget_is_refused_with_a_remedy() -> None:
     with pytest.raises(ValueError, match=r"65 tokens exceeds trainer.tokens_per_microbatch=64; raise it"):
-        plan_microbatches([10, 65], max_tokens=64, data_parallel_size=1)
+        plan_microbatches([10, 65], max_tokens=64, hidden_size=WIDE, data_parallel_size=1)
 
 
 # ------------------------------------------------------------------ scatter_logprobs, minibatches
@@ -165,7 +206,7 @@ def test_scattering_undoes_packing(shapes: list[tuple[int, int]], ranks: int, mu
     """Every rank scatters its part; the sum over ranks is the batch's own value at each response token, else 0."""
     batch = batch_of([p + r for p, r in shapes], [p for p, _ in shapes])
     values = torch.arange(1.0, batch.tokens.numel() + 1)
-    plan = plan_microbatches(batch.lengths.tolist(), max_tokens=20, data_parallel_size=ranks)
+    plan = plan_microbatches(batch.lengths.tolist(), max_tokens=20, hidden_size=WIDE, data_parallel_size=ranks)
     total = torch.zeros(batch.tokens.numel())
     for rank in plan:
         micros = [pack(batch, bin_, multiple_of=multiple, old_logprobs=values) for bin_ in rank]
@@ -233,7 +274,7 @@ def test_replicas_pack_from_their_shares_what_they_would_from_the_whole() -> Non
     lengths = torch.randint(3, 20, (24,))
     batch = batch_of(lengths.tolist(), [2] * 24)
     runs = minibatches(24, 8, 4)
-    plan = plan_minibatches(batch.lengths, runs, max_tokens=40, data_parallel_size=3)
+    plan = plan_minibatches(batch.lengths, runs, max_tokens=40, hidden_size=WIDE, data_parallel_size=3)
     owner = torch.empty(24, dtype=torch.int64)
     for replica, microbatches in enumerate(plan):
         owner[[i for sequences in microbatches for i in sequences]] = replica
@@ -241,7 +282,9 @@ def test_replicas_pack_from_their_shares_what_they_would_from_the_whole() -> Non
         assert share.num_response_tokens == batch.num_response_tokens  # the loss's denominator
         for chosen in runs:
             for_all, for_share = batch.select(chosen), share.select(chosen)
-            part = plan_microbatches(for_share.lengths.tolist(), max_tokens=40, data_parallel_size=3)[replica]
+            part = plan_microbatches(for_share.lengths.tolist(), max_tokens=40, hidden_size=WIDE, data_parallel_size=3)[
+                replica
+            ]
             for sequences in part:
                 old = share.rollout_logprobs[share.token_indices(chosen)]
                 ours = pack(for_share, sequences, old_logprobs=old)
@@ -254,7 +297,11 @@ def test_replicas_pack_from_their_shares_what_they_would_from_the_whole() -> Non
 def test_the_plan_of_minibatches_is_their_own_plans_one_after_another() -> None:
     lengths = torch.tensor([3, 6, 4, 5, 9, 2])
     plan = plan_minibatches(
-        lengths, [torch.tensor([0, 1, 2, 3]), torch.tensor([5, 4])], max_tokens=9, data_parallel_size=2
+        lengths,
+        [torch.tensor([0, 1, 2, 3]), torch.tensor([5, 4])],
+        max_tokens=9,
+        hidden_size=WIDE,
+        data_parallel_size=2,
     )
     assert plan == [[[0, 1], [4]], [[2, 3], [5]]]
 

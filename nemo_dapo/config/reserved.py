@@ -42,7 +42,7 @@ MODEL = {
     **dict.fromkeys(("finalize_model_grads_func", "grad_scale_func", "no_sync_func", "grad_sync_func"), WIRED),
     **dict.fromkeys(("param_sync_func", "timers"), WIRED),
     **dict.fromkeys(("defer_embedding_wgrad_compute", "wgrad_deferral_limit", "delay_wgrad_compute"), HEAD),
-    **dict.fromkeys(("use_mup", "logit_dtype", "parallel_output", "fp16_lm_cross_entropy"), HEAD),
+    **dict.fromkeys(("use_mup", "parallel_output", "fp16_lm_cross_entropy"), HEAD),
     **dict.fromkeys(
         ("mtp_num_layers", "mtp_loss_scaling_factor", "mtp_enabled"),
         "nothing: its loss would be on tokens of the prompt too, and on scores where it expects logits",

@@ -92,8 +92,10 @@ def errors_of_rank_zero_kept() -> Iterator[None]:
 
         return kept
 
+    # common.pt is written by a method in megatron-core 0.16, by a function in 0.17 and 0.18, and no file of its own later.
+    writes_common = (getattr(common, "TorchCommonSaveStrategy", None), serialization)
     writers: list[tuple[Any, str]] = [
-        (common.TorchCommonSaveStrategy, "save_common"),
+        *((owner, "save_common") for owner in writes_common if hasattr(owner, "save_common")),
         (filesystem_async.FileSystemWriterAsync, "finish"),
         (serialization, "save_config"),
     ]

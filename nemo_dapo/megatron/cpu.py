@@ -45,7 +45,6 @@ def install() -> None:
     _redirect_tensor_methods()
     _redirect_megatron_rng()
     _make_gloo_scatter_contiguous()
-    _keep_adam_step_in_the_group()
 
 
 def _redirect_factories() -> None:
@@ -148,58 +147,6 @@ def _make_gloo_scatter_contiguous() -> None:
         return scatter(tensor, scatter_list, *args, **kwargs)
 
     torch.distributed.scatter = scatter_contiguous
-
-
-class GroupStepAdamW(torch.optim.AdamW):
-    """AdamW that keeps `step` in the parameter group, as apex's and Transformer Engine's fused Adam do.
-
-    torch keeps one step a parameter. Megatron-core's parameter-wise checkpoint format treats every entry of a parameter's
-    state as a tensor of the parameter's size and fails on load (`KeyError: 'step'`); its `state_dict` still asks torch's
-    AdamW for the parameters' steps, so they are put in for the time of a step and of a `state_dict`.
-    """
-
-    def step(self, closure: Any = None) -> Any:
-        self._put_steps_in()
-        loss = super().step(closure)
-        self._take_steps_out()
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        self._allocate_moments()
-        self._put_steps_in()
-        state = super().state_dict()
-        state["state"] = {i: dict(entries) for i, entries in state["state"].items()}
-        self._take_steps_out()
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._take_steps_out()
-
-    def _allocate_moments(self) -> None:
-        # Before the first step torch has no state: a fresh optimizer, which a resumed run loads into, would have no step.
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if not self.state.get(parameter):
-                    self.state[parameter] = {k: torch.zeros_like(parameter) for k in ("exp_avg", "exp_avg_sq")}
-
-    def _put_steps_in(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if self.state.get(parameter):
-                    self.state[parameter]["step"] = torch.tensor(float(group.get("step", 0)))
-
-    def _take_steps_out(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if "step" in self.state.get(parameter, {}):
-                    group["step"] = int(self.state[parameter].pop("step"))
-
-
-def _keep_adam_step_in_the_group() -> None:
-    optimizer = importlib.import_module("megatron.core.optimizer")
-    if optimizer.USING_PYTORCH_OPTIMIZER:
-        torch.optim.AdamW = GroupStepAdamW  # type: ignore[misc]
 
 
 class _StandInLoader(importlib.abc.MetaPathFinder, importlib.abc.Loader):

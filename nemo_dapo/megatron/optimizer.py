@@ -12,6 +12,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_dapo.config import DecayStyle, OptimizerConfig, reserved
+from nemo_dapo.megatron.adam import step_kept_in_the_group
 from nemo_dapo.megatron.provider import check_known
 
 # Megatron-LM's words for the data types of states, on its command line and here in `optimizer.megatron`.
@@ -49,7 +50,8 @@ def make_optimizer(model: list[Any], provider: Any, options: OptimizerConfig) ->
     }
     passed = {name: _dtype(name, value) for name, value in options.megatron.items()}
     config = _config(MegatronOptimizerConfig, ours, "optimizer.megatron", passed)
-    optimizer = get_megatron_optimizer(config, model)
+    with step_kept_in_the_group():
+        optimizer = get_megatron_optimizer(config, model)
     return optimizer, _schedule(optimizer, options)
 
 

@@ -57,6 +57,13 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def full_float32() -> None:
+    """Switch products with TF32's 10 bits of mantissa off, also where a library or another program switched them on."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def _default_to_one_process() -> None:
     if "RANK" in os.environ:
         return

@@ -28,19 +28,22 @@ from torch import Tensor
 
 from nemo_dapo.batching import MicroBatch, pack, plan_minibatches, scatter_logprobs
 from nemo_dapo.collectives import gather_json
-from nemo_dapo.config import ModelConfig, OptimizerConfig, ParallelConfig
+from nemo_dapo.config import ModelConfig, OptimizerConfig, ParallelConfig, Precision
 from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
 from nemo_dapo.ledger import ServerMemory
 from nemo_dapo.megatron import checkpoint, weights
 from nemo_dapo.megatron.head import ScoringHead
 from nemo_dapo.megatron.memory import PolicyMemory
 from nemo_dapo.megatron.optimizer import ddp_config, make_optimizer
-from nemo_dapo.megatron.parallel import device
+from nemo_dapo.megatron.parallel import device, full_float32
 from nemo_dapo.megatron.provider import make_provider
 from nemo_dapo.telemetry.metrics import Max, Mean, Metric
 from nemo_dapo.types import Stage, TrainBatch
 
 log = logging.getLogger(__name__)
+
+# On a GPU packs are filled up to a multiple of this: of a few lengths, the allocator finds the last one's blocks again.
+TOKENS_ALIKE = 256
 
 
 class MegatronPolicy:
@@ -63,6 +66,8 @@ class MegatronPolicy:
 
         With `offload` memory leaves the device where a stage does not need it; `servers` is what they take of it then.
         """
+        if model.precision is Precision.fp32:
+            full_float32()
         self.max_tokens = tokens_per_microbatch
         self.ddp_options = parallel.ddp
         self.source = Path(model.path)
@@ -154,6 +159,7 @@ class MegatronPolicy:
             lengths,
             [torch.arange(lengths.numel())] if minibatches is None else minibatches,
             max_tokens=self.max_tokens,
+            hidden_size=self.provider.hidden_size,
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
         )
 
@@ -163,6 +169,8 @@ class MegatronPolicy:
         """This replica's packed share of `batch`; without `minibatches` it is one."""
         tp = parallel_state.get_tensor_model_parallel_world_size()
         multiple_of = tp if self.provider.sequence_parallel else 1
+        if torch.cuda.is_available():
+            multiple_of = math.lcm(multiple_of, TOKENS_ALIKE)
         mine = self._plan(batch.lengths, minibatches)[self.replica]
         return [pack(batch, sequences, multiple_of=multiple_of, **logprobs) for sequences in mine]
 

@@ -31,9 +31,9 @@ def load_bridge(path: str) -> Any:
     """
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"model.path={path!r} has no config.json; expected a Hugging Face model directory")
-    bridge = _import_bridge()
+    library = _import_bridge()
     try:
-        return bridge.AutoBridge.from_hf_pretrained(path)
+        return library.AutoBridge.from_hf_pretrained(path)
     except ValueError as error:
         raise ValueError(f"model.path={path!r} is not a model that Megatron-Bridge can convert: {error}") from error
 
