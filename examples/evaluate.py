@@ -86,6 +86,7 @@ def run(config: RunConfig) -> EvaluationResult:
     from nemo_dapo.detokenizer import decoder_of
     from nemo_dapo.evaluation import evaluate
     from nemo_dapo.rewards.pool import RewardPool
+    from nemo_dapo.rollout.command import with_the_head_of
     from nemo_dapo.rollout.engine import VLLMEngine
 
     config.data.train = {}
@@ -94,9 +95,10 @@ def run(config: RunConfig) -> EvaluationResult:
     for report in data.reports:
         print(report, flush=True)
     model_path, output = Path(config.model.path), Path(config.output_dir)
+    rollout = with_the_head_of(config.model, config.rollout)
     with (
         RewardPool.from_config(config.reward, tokenizer, printed=output / "rewards.log") as rewarder,
-        VLLMEngine.start(config.rollout, model_path, config.model.precision, output, tokenizer, config.seed) as engine,
+        VLLMEngine.start(rollout, model_path, config.model.precision, output, tokenizer, config.seed) as engine,
     ):
         if config.evaluation.checkpoint:
             load_checkpoint(config, engine)

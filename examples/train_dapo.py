@@ -119,6 +119,7 @@ def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack, resumed
     from nemo_dapo.data.loader import PromptLoader
     from nemo_dapo.detokenizer import decoder_of
     from nemo_dapo.rewards.pool import RewardPool
+    from nemo_dapo.rollout.command import with_the_head_of
     from nemo_dapo.rollout.engine import VLLMEngine
     from nemo_dapo.rollout.replay import ReplayEngine
     from nemo_dapo.telemetry.manifest import write_manifest
@@ -153,7 +154,8 @@ def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack, resumed
         engine = ReplayEngine(Path(config.rollout.replay))
     else:
         print(f"starting {config.rollout.num_servers} vLLM server(s), logs in {run_dir / 'servers'}", flush=True)
-        engine = VLLMEngine.prepare(config.rollout, model_path, config.model.precision, run_dir, tokenizer, seed)
+        rollout = with_the_head_of(config.model, config.rollout)
+        engine = VLLMEngine.prepare(rollout, model_path, config.model.precision, run_dir, tokenizer, seed)
     stack.callback(engine.close)  # ends the servers' start as well, before the executor waits for it
 
     def start() -> Controller:

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_dapo.config import Precision, RolloutConfig
+from nemo_dapo.config import ModelConfig, Precision, RolloutConfig
 from nemo_dapo.processes import kill_session, record_session
 from nemo_dapo.rollout import guardian
 from nemo_dapo.rollout.challenge import proof
@@ -28,6 +28,7 @@ from nemo_dapo.rollout.command import (
     engine_arguments,
     listen_host,
     server_command,
+    with_the_head_of,
 )
 from nemo_dapo.rollout.servers import ServersClosedError, Share, VLLMServers
 
@@ -89,6 +90,17 @@ def test_the_command_asks_for_processed_logprobs_and_does_not_show_the_key(tmp_p
         assert pair in pairs
     assert ("-m", "vllm.entrypoints.openai.api_server") in pairs
     assert "s3cret" not in " ".join(command)
+
+
+def test_logits_are_as_exact_in_vllm_as_in_the_trainer(tmp_path):
+    rollout = RolloutConfig(vllm={"hf_overrides": {"rope_theta": 5.0}, "max_num_seqs": 3})
+    assert with_the_head_of(ModelConfig("m"), rollout) is rollout
+    exact = with_the_head_of(ModelConfig("m", fp32_logits=True), rollout)
+    assert rollout.vllm["hf_overrides"] == {"rope_theta": 5.0}
+    command = server_command(exact, tmp_path, Precision.bf16, 5, 6, on_cpu=True)
+    overrides = json.loads(command[command.index("--hf-overrides") + 1])
+    assert overrides == {"rope_theta": 5.0, "head_dtype": "float32"}
+    assert ("--max-num-seqs", "3") in [*itertools.pairwise(command)]
 
 
 def test_servers_of_one_run_differ_in_seed_and_port(tmp_path):

@@ -6,6 +6,7 @@ which is a distribution of another name.)
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import json
 import os
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_dapo.config import Precision, RolloutConfig
+from nemo_dapo.config import ModelConfig, Precision, RolloutConfig
 
 BACKEND = "nemo_dapo_host_memory"  # the name under which vllm_plugin registers our weight transfer
 
@@ -77,6 +78,17 @@ def server_command(
     fixed += ["--middleware", "nemo_dapo.rollout.vllm_plugin.RequireKey", "--disable-uvicorn-access-log"]
     module = [config.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     return module + fixed + engine_arguments({**defaults, **config.vllm})
+
+
+def with_the_head_of(model: ModelConfig, config: RolloutConfig) -> RolloutConfig:
+    """`config` for servers whose logits are as exact as the trainer's: `model.fp32_logits` holds for both.
+
+    vLLM reads it from the model's configuration (`ModelConfig.head_dtype`, honoured by its LogitsProcessor).
+    """
+    if not model.fp32_logits:
+        return config
+    overrides = {**(config.vllm.get("hf_overrides") or {}), "head_dtype": "float32"}
+    return dataclasses.replace(config, vllm={**config.vllm, "hf_overrides": overrides})
 
 
 def choose_key(config: RolloutConfig) -> str:
