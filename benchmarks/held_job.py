@@ -14,12 +14,12 @@ import random
 import runpy
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from nemo_dapo.phase import Phase
+from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
 from nemo_dapo.types import Prompt, Sample, SamplingParams
 
 FOLDER, PHASE, SECONDS, ENGINE = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4]
@@ -40,9 +40,11 @@ class ScriptedEngine:
         tokens = tuple(random.randrange(2, 250) for _ in range(length))
         return Sample(tokens, (0.0,) * length, "length")
 
-    def update_weights(self, weights: Iterable[Any], version: int) -> None:
-        for _ in weights:
-            self.version = version
+    def begin_update(self, version: int, hosts: Sequence[str]) -> UpdatePlan:
+        self.version = version
+        return UpdatePlan(version, "float32", 0.0, "")
+
+    def finish_update(self, everyone: Sequence[Sent]) -> None: ...
 
     def sleep(self) -> None: ...
 

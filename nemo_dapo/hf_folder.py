@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +29,18 @@ SINGLE = "model.safetensors"
 TIED_OUTPUT = "lm_head.weight"
 TOKENIZER_FILES = ("*token*", "vocab.*", "merges.txt", "chat_template.jinja", "special_tokens_map.json")
 NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "F8_E4M3": "float8_e4m3fn"}
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 
 
 @dataclass(frozen=True)
 class ExpectedWeights:
-    """Name and shape of every parameter of a Hugging Face folder; `optional` names may be sent or not."""
+    """Name, shape and dtype of every parameter of a Hugging Face folder; `optional` names may be sent or not."""
 
     shapes: Mapping[str, tuple[int, ...]]
     optional: frozenset[str] = frozenset()
+    dtypes: Mapping[str, str] = field(default_factory=dict)  # by torch's names
 
     @property
     def num_elements(self) -> int:
@@ -47,10 +49,12 @@ class ExpectedWeights:
 
 def expected_weights(folder: Path) -> ExpectedWeights:
     """Read the headers of a folder's safetensors files; raises ValueError where it has none."""
-    shapes = {name: shape for file in weight_files(folder) for name, shape in read_shapes(file).items()}
+    entries = {name: entry for file in weight_files(folder) for name, entry in read_header(file).items()}
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    dtypes = {name: TORCH_DTYPES.get(entry["dtype"], entry["dtype"]) for name, entry in entries.items()}
     tied = json.loads((folder / "config.json").read_text()).get("tie_word_embeddings", False)
     optional = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}  # a buffer that old folders hold
-    return ExpectedWeights(shapes, frozenset(optional | ({TIED_OUTPUT} if tied else set())))
+    return ExpectedWeights(shapes, frozenset(optional | ({TIED_OUTPUT} if tied else set())), dtypes)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -67,11 +71,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in one safetensors file: an 8-byte little-endian length, then a JSON header of that length."""
+    """Names and shapes in one safetensors file."""
+    return {name: tuple(entry["shape"]) for name, entry in read_header(file).items()}
+
+
+def read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """What a safetensors file says of each tensor: an 8-byte little-endian length, then a JSON header of that length."""
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(length))
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +13,7 @@ from nemo_dapo.types import Prompt, Sample, SamplingParams, Stage, TrainBatch, V
 
 if TYPE_CHECKING:
     from nemo_dapo.batching import MicroBatch
+    from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
 
 LossFn = Callable[[Tensor, Tensor | None, "MicroBatch"], tuple[Tensor, dict[str, Tensor]]]
 """(logprobs [T], entropy [T] or None, micro-batch) -> (loss summed over its response tokens, sums of metrics).
@@ -96,14 +97,20 @@ class RolloutEngine(Protocol):
 
     async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]: ...
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
+    def begin_update(self, version: int, hosts: Sequence[str]) -> UpdatePlan:
+        """Who sends the weights of `version` to whom, given each rank's host."""
+        ...
+
+    def finish_update(self, everyone: Sequence[Sent]) -> None:
+        """Have the servers load what the ranks sent; must follow `begin_update`."""
+        ...
 
     def sleep(self) -> None:
         """Give up the device, weights included, where the servers share it with the trainer."""
         ...
 
     def wake_weights(self) -> None:
-        """Have room for weights again: `update_weights` may be called, `generate` not yet."""
+        """Have room for weights again: `finish_update` may be called, `generate` not yet."""
         ...
 
     def wake_up(self) -> None:

@@ -37,6 +37,9 @@ from nemo_dapo.coordination import (
 from nemo_dapo.interfaces import NonFiniteGradientError, Policy
 from nemo_dapo.losses import load_loss_fn
 from nemo_dapo.phase import Phase
+from nemo_dapo.rollout.host import node_name
+from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan, require_accepted
+from nemo_dapo.rollout.weights.send import Sender
 from nemo_dapo.stages import Stages
 from nemo_dapo.telemetry.memory import memory_record
 from nemo_dapo.telemetry.metrics import Last, Max, Mean, Metric, Sum, merge, merge_across_ranks, values
@@ -92,6 +95,8 @@ class DAPOTrainer:
         self.config, self.policy, self.controller, self.group = config, policy, controller, group
         self.stages = Stages(policy, controller.engine if controller else None)
         self.replicas: list[int] = gather_json(policy.replica, group)  # each rank's
+        self.hosts: list[str] = gather_json(node_name(), group)
+        self.sender = Sender(lambda: hf_folder.expected_weights(Path(config.model.path)))
         self.checkpoints = run_dir / "checkpoints"
         self.loss_fn = load_loss_fn(config.algorithm)
         self.progress = Progress()
@@ -233,14 +238,23 @@ class DAPOTrainer:
 
     def sync_weights(self) -> None:
         """Give vLLM the new weights, under the rollout step as their version. Every rank takes part in the export."""
+        engine = None if self.controller is None else self.controller.engine
         with self.timed("sync"):
             self.stages.enter(Stage.sync)
-            weights = self.policy.export_weights()
-            if self.controller is not None:
-                self.controller.engine.update_weights(weights, self.progress.rollout_steps)
-            for _ in weights:
-                pass
+            plan = self.share_plan(engine.begin_update(self.progress.rollout_steps, self.hosts) if engine else None)
+            sent = self.sender.send(self.policy.export_weights(), plan, dist.get_rank())
+            everyone = [Sent.of_json(one) for one in gather_json(sent.as_json(), self.group)]
+            try:
+                require_accepted(everyone)
+            except ValueError as refused:
+                raise found_alike(refused) from refused
+            if engine is not None:
+                engine.finish_update(everyone)
             self.stages.enter(Stage.generate)
+
+    def share_plan(self, plan: UpdatePlan | None) -> UpdatePlan:
+        """Rank 0's, on every rank."""
+        return UpdatePlan.of_json(gather_json(plan and plan.as_json(), self.group)[0])
 
     # ---------------------------------------------------------------- beside the algorithm
 

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -185,7 +186,9 @@ class FakeEngine:
             raise RuntimeError("server died")
         return [sample(prompt.uid, "length" if i == 0 else "stop") for i in range(n)]
 
-    def update_weights(self, weights: object, version: int) -> None: ...
+    def begin_update(self, version: int, hosts: object) -> Any: ...
+
+    def finish_update(self, everyone: object) -> None: ...
 
     def sleep(self) -> None: ...
 

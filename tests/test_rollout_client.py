@@ -12,7 +12,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,9 +25,13 @@ from nemo_dapo.rollout import requests as requests_module
 from nemo_dapo.rollout import upkeep as upkeep_module
 from nemo_dapo.rollout.engine import VLLMEngine
 from nemo_dapo.rollout.fleet import MAX_RESTARTS, Fleet
+from nemo_dapo.rollout.host import node_name
 from nemo_dapo.rollout.progress import Progress
 from nemo_dapo.rollout.requests import MAX_LATE, MAX_LOST, MAX_TRIES
-from nemo_dapo.rollout.weight_sync import WeightStore
+from nemo_dapo.rollout.weights.ledger import Ledger
+from nemo_dapo.rollout.weights.plan import Sent
+from nemo_dapo.rollout.weights.send import Sender
+from nemo_dapo.rollout.weights.store import WeightStore
 from nemo_dapo.sampling import GroupSampler
 from nemo_dapo.types import Prompt, Sample, SamplingParams, Verdict, VersionSpan
 from tests import stand_in_server as stand
@@ -70,8 +73,9 @@ def engine_over() -> Iterator[Callable[..., VLLMEngine]]:
 
     def build(servers: StandInServers, **options: object) -> VLLMEngine:
         config = RolloutConfig(max_prompt_length=4, max_response_length=4, **options)  # type: ignore[arg-type]
-        store = WeightStore(ExpectedWeights({"w": (2,)}), 4)
-        engines.append(VLLMEngine(config, servers, store, [1], VOCABULARY))  # type: ignore[arg-type]
+        store = WeightStore(8, node_name())
+        ledger, sender = Ledger(lambda: [store.place()], "float32"), Sender(lambda: ExpectedWeights({"w": (2,)}))
+        engines.append(VLLMEngine(config, servers, store, ledger, sender, [1], VOCABULARY))  # type: ignore[arg-type]
         return engines[-1]
 
     yield build
@@ -501,12 +505,10 @@ def test_a_server_is_not_restarted_with_weights_that_are_gone(engine_over):
     servers = StandInServers(closed_url())
     servers.dead = {0}
     engine = engine_over(servers)
-    engine.upkeep.files = None
+    engine.begin_update(1)
+    with pytest.raises(ValueError, match="1 missing: w"):
+        engine.finish_update([Sent(refusal="1 missing: w")])
     with pytest.raises(RuntimeError, match="the last update failed, so there are no weights"):
-        generate(engine)
-    engine = engine_over(servers)
-    engine.upkeep.files = [Path("/dev/shm/nemo_dapo_weights_x/version_1.safetensors")]
-    with pytest.raises(RuntimeError, match=r"version_1.safetensors was removed: exclude .*/nemo_dapo_weights_\*"):
         generate(engine)
     assert servers.restarts == []
 

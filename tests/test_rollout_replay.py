@@ -119,9 +119,9 @@ def test_a_replay_takes_the_recorded_course_from_the_start_and_from_the_middle(
     sampler.load_state_dict(states[start]["sampler"])
     sampler.loader.load_state_dict(states[start]["loader"])
     for step in range(start, 5):
-        engine.update_weights([], step)
+        engine.begin_update(step)
         assert essence(asyncio.run(sampler.collect(N))) == essence(recorded[step])
-    engine.update_weights([], 5)  # as the trainer does after its last step; nothing is recorded of a sixth
+    engine.begin_update(5)  # as the trainer does after its last step; nothing is recorded of a sixth
 
 
 def test_what_is_recorded_covers_every_reason_that_a_group_may_be_dropped_for(tmp_path: Path) -> None:
@@ -132,9 +132,9 @@ def test_what_is_recorded_covers_every_reason_that_a_group_may_be_dropped_for(tm
 def course(engine: ReplayEngine, judge: Judge | None = None, steps: int = 5) -> None:
     sampler = make(engine, judge)
     for step in range(steps):
-        engine.update_weights([], step)
+        engine.begin_update(step)
         asyncio.run(sampler.collect(N))
-    engine.update_weights([], steps)
+    engine.begin_update(steps)
 
 
 def test_another_reward_is_noticed_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

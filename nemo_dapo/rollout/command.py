@@ -19,7 +19,7 @@ from typing import Any
 
 from nemo_dapo.config import ModelConfig, Precision, RolloutConfig
 
-BACKEND = "nemo_dapo_host_memory"  # the name under which vllm_plugin registers our weight transfer
+BACKEND = "nemo_dapo"  # the name under which vllm_weights registers our weight transfer
 
 # What we set ourselves, and where the user says it instead.
 RESERVED = {

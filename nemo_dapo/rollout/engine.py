@@ -1,14 +1,14 @@
 """`VLLMEngine`: the rollout engine that the trainer sees, over one or more vLLM servers.
 
 Samples are asked for one by one (`requests`). A server that is sick is no end of a run: it is started anew with the newest
-weights, which the weight store kept (`upkeep`).
+weights, which its node's memory kept (`upkeep`, `weights`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -18,11 +18,17 @@ from torch import Tensor
 
 from nemo_dapo.config import Precision, RolloutConfig
 from nemo_dapo.hf_folder import expected_weights
-from nemo_dapo.rollout import client, weight_sync
+from nemo_dapo.rollout import client
+from nemo_dapo.rollout.command import DTYPES
+from nemo_dapo.rollout.host import node_name
 from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.requests import Requests
 from nemo_dapo.rollout.servers import Share, VLLMServers
 from nemo_dapo.rollout.upkeep import STARTING, Upkeep
+from nemo_dapo.rollout.weights.ledger import Ledger
+from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
+from nemo_dapo.rollout.weights.send import Sender
+from nemo_dapo.rollout.weights.store import WeightStore
 from nemo_dapo.types import Prompt, Sample, SamplingParams
 
 T = TypeVar("T")
@@ -40,15 +46,17 @@ class VLLMEngine:
         self,
         config: RolloutConfig,
         servers: VLLMServers,
-        store: weight_sync.WeightStore,
+        store: WeightStore,
+        ledger: Ledger,
+        sender: Sender,
         stop_token_ids: list[int],
         vocab_size: int = 0,
     ) -> None:
-        self.config, self.servers, self.store = config, servers, store
+        self.config, self.servers, self.store, self.sender = config, servers, store, sender
         self._told: dict[str, int] = {}  # of the totals, what `metrics` has told
         client.allow_open_files(len(servers) * config.max_concurrent_sequences)
         self.loop = LoopThread("rollout")
-        self.upkeep = Upkeep(config, servers, store, self.loop)
+        self.upkeep = Upkeep(config, servers, ledger, lambda index: store.node, self.loop)
         self.requests = self._run(self._open(stop_token_ids, vocab_size))
 
     async def _open(self, stop_token_ids: list[int], vocab_size: int) -> Requests:
@@ -92,11 +100,13 @@ class VLLMEngine:
             raise ValueError(f"{model_path} names no end-of-sequence token; set eos_token in its tokenizer or config")
         model = json.loads((model_path / "config.json").read_text())
         vocab_size = int(model.get("vocab_size") or model.get("text_config", {}).get("vocab_size") or 0)
-        store = weight_sync.WeightStore(expected_weights(model_path), BYTES_PER_ELEMENT[precision])
+        expected = expected_weights(model_path)
+        store = WeightStore(expected.num_elements * BYTES_PER_ELEMENT[precision], node_name())
+        ledger = Ledger(lambda: [store.place()], DTYPES[precision])
         try:
             share = Share(seed, scratch=str(store.folder), on_cpu=not torch.cuda.is_available())
             servers = VLLMServers(config, model_path, precision, run_dir / "servers", share)
-            engine = cls(config, servers, store, stop_token_ids, vocab_size)
+            engine = cls(config, servers, store, ledger, Sender(lambda: expected), stop_token_ids, vocab_size)
             engine.upkeep.paused.append(STARTING)
             return engine
         except BaseException:
@@ -129,12 +139,21 @@ class VLLMEngine:
         return await asyncio.wrap_future(self.loop.submit(self.requests.group(asked, n)))
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Give all servers the weights `(Hugging Face name, full tensor)` as `version`; restart one that fails at it.
+        """An update with the `(Hugging Face name, full tensor)` of this process; raises what `finish_update` does."""
+        self.finish_update([self.sender.send(weights, self.begin_update(version), 0)])
 
-        Raises ValueError, before a server is touched, unless every parameter of the model comes exactly once;
-        RuntimeError when no server takes them.
+    def begin_update(self, version: int, hosts: Sequence[str] = ("",)) -> UpdatePlan:
+        """Who sends the weights of `version` to whom, given each rank's host; `finish_update` must follow."""
+        self.store.require_folder()
+        return self.upkeep.begin_update(version, hosts)
+
+    def finish_update(self, everyone: Sequence[Sent]) -> None:
+        """Have all servers load what the ranks sent; restart one that fails at it.
+
+        Raises ValueError, before a server is touched, unless every parameter of the model came exactly once; RuntimeError
+        when no server takes them.
         """
-        self.upkeep.update(weights, version)
+        self.upkeep.finish_update(everyone)
 
     def sleep(self) -> None:
         """Free the servers' GPU memory while the trainer works, where `rollout.vllm.enable_sleep_mode` is set.
@@ -145,11 +164,11 @@ class VLLMEngine:
             self.upkeep.sleep()
 
     def wake_weights(self) -> None:
-        """Give sleeping servers room for weights, which `update_weights` fills; nothing where they have it."""
+        """Give sleeping servers room for weights, which an update fills; nothing where they have it."""
         self.upkeep.wake_weights()
 
     def wake_up(self) -> None:
-        """Have the servers serve again, after `wake_weights` and `update_weights`; nothing where they are awake.
+        """Have the servers serve again, after `wake_weights` and an update; nothing where they are awake.
 
         Those that failed since they slept are restarted here, where the trainer holds nothing of their devices.
         """
@@ -176,10 +195,12 @@ class VLLMEngine:
 
     def close(self) -> None:
         """End the servers and remove the stored weights; safe to call twice, and while the servers start."""
+        self.upkeep.ledger.close()
         self.servers.close()
         if not self.loop.loop.is_closed():
             self._run(self.requests.http.close())
         self.loop.close()
+        self.sender.close()
         self.store.close()
 
     def __enter__(self) -> VLLMEngine:

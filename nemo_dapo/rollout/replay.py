@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
+from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
 from nemo_dapo.telemetry.rollouts import RecordedGroup, read_rollouts, rollouts_path
 from nemo_dapo.types import Prompt, Sample, SamplingParams
 
@@ -55,14 +54,18 @@ class ReplayEngine:
             f"not those of the recorded run; {SAME}"
         )
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """The next step is `version` + 1. Nothing is done with the weights."""
+    def begin_update(self, version: int, hosts: Sequence[str] = ()) -> UpdatePlan:
+        """The next step is `version` + 1; nobody is sent anything."""
         if self._groups is not None and self._handed_out < len(self._groups):
             raise RuntimeError(
                 f"step {self.step} used {self._handed_out} of the {len(self._groups)} groups recorded in {self.folder}: "
                 f"the verdicts are not those of the recorded run; {SAME}"
             )
         self.step, self._groups, self._handed_out = version + 1, None, 0
+        return UpdatePlan(version, "", 0.0, "")
+
+    def finish_update(self, everyone: Sequence[Sent]) -> None:
+        """Nothing was sent."""
 
     def sleep(self) -> None:
         """There is no server to put to sleep."""

@@ -1,6 +1,6 @@
 """The servers of a run kept serving the newest weights: agreed with, watched, updated, put to sleep, started anew.
 
-    update   write the files -> every server pauses -> the version that answers are checked against -> load, resume
+    update   the ranks send -> every server pauses -> the version that answers are checked against -> load, resume
 
 An answer's tokens are of the weights that the server names for them, and must not be older than the newest when the request
 was sent. So nothing may generate under the old ones once a request can expect the new.
@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-from torch import Tensor
 
 from nemo_dapo.config import RolloutConfig
-from nemo_dapo.rollout import admission, client, control, weight_sync, wire
+from nemo_dapo.rollout import admission, client, control, wire
 from nemo_dapo.rollout.admission import Reading
 from nemo_dapo.rollout.fleet import Fleet, HopelessError, Life, Member
 from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.servers import ServersClosedError, VLLMServers
+from nemo_dapo.rollout.weights import push
+from nemo_dapo.rollout.weights.ledger import Ledger, NoWeightsError
+from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
+from nemo_dapo.rollout.weights.push import Held
 from nemo_dapo.tasks import all_or_none
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ METRICS_SECONDS = 4.0  # for a server to answer /metrics; one that does not has 
 HEALTH_SECONDS = 4.0  # and /health
 PULSE_SECONDS = 1.0  # between two looks at whether a server that is to do something can still do it
 MAX_REFUSED = 3  # connections in a row, by a server that served before: it has stopped listening
-STARTING, ASLEEP = "start", "sleep"  # why servers may be silent or gone for a while
+STARTING, ASLEEP, UPDATE = "start", "sleep", "weight update"  # why servers may be silent or gone for a while
 WEIGHTS, CACHE = "weights", "kv_cache"  # what a server can wake by itself, as vLLM names it
 
 ServerCall = Callable[[httpx.AsyncClient, float], Awaitable[T]]
@@ -51,18 +53,22 @@ class Upkeep:
     """
 
     def __init__(
-        self, config: RolloutConfig, servers: VLLMServers, store: weight_sync.WeightStore, loop: LoopThread
+        self,
+        config: RolloutConfig,
+        servers: VLLMServers,
+        ledger: Ledger,
+        node_of: Callable[[int], str],
+        loop: LoopThread,
     ) -> None:
-        self.config, self.servers, self.store = config, servers, store
+        """`ledger` says what the node `node_of(index)` holds for its servers."""
+        self.config, self.servers, self.ledger, self.node_of = config, servers, ledger, node_of
         self.describe = servers.describe
         self.version = INITIAL_VERSION
         self.restarts = 0
         self.asked = [client.Server(server.url) for server in servers.servers]
         self.paused: list[str] = []
         self.asleep: set[str] = set()  # what the servers have given up
-        self.files: list[Path] | None = []  # of the newest weights; none before the first update, None if it failed
-        self._weights = threading.Lock()  # held while the files or what they are change
-        self._has_newest = [True] * len(servers)  # False while a restarted server has yet to be given the files
+        self._has_newest = [True] * len(servers)  # False while a restarted server has yet to be given the weights
         self._unwell: dict[int, tuple[Life, str]] = {}  # what failed at sleeping or waking, to be restarted
         self._loop = loop
         self.fleet = self._run(self._open())
@@ -96,41 +102,48 @@ class Upkeep:
 
     # ---------------------------------------------------------------- weights
 
-    def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """As `VLLMEngine.update_weights`."""
-        with self.quiet("weight update"):
-            with self._weights:
-                self.files = None  # those of the old version are about to go
-                files = self.store.write(weights, version)
-                # A restart that is under way waits for the lock and ends with these weights: nobody waits for it.
+    def begin_update(self, version: int, hosts: Sequence[str]) -> UpdatePlan:
+        """As `VLLMEngine.begin_update`; servers go on generating meanwhile."""
+        self.paused.append(UPDATE)
+        return self.ledger.begin(version, hosts, self.config.sync_timeout)
+
+    def finish_update(self, everyone: Sequence[Sent]) -> None:
+        """As `VLLMEngine.finish_update`."""
+        try:
+            with self.ledger.finish(everyone) as version:
+                # A restart that is under way waits for the ledger and ends with these weights: nobody waits for it.
                 members = [m for m in self.fleet.members if not m.is_down or self._has_newest[m.index]]
                 held = self._run(all_or_none([self._hold(member) for member in members]))
-                self.files, self.version = files, version
+                self.version = version
             calls = [self._update(m, life, fault) for m, (life, fault) in zip(members, held, strict=True)]
             self._run(all_or_none(calls))
+        finally:
+            self.paused.remove(UPDATE)
 
     async def _hold(self, member: Member) -> tuple[Life, str | None]:
         """Let a server generate nothing more; its life, and what it failed at now or when it fell asleep or woke up."""
         life, fault = self._unwell.pop(member.index, (None, None))
         if life is member.life:
             return member.life, fault
-        return member.life, await self._fault_of(member, "pause", weight_sync.pause)
+        return member.life, await self._fault_of(member, "pause", push.pause)
 
     async def _update(self, member: Member, life: Life, fault: str | None) -> None:
         async with member.repair:  # a restart, which may have ended with the weights before
             now = member.life
         if now is not life:
             fault = None  # of a life that is over
-        fault = fault or await self._fault_of(member, "take the weights", self._push)
+        fault = fault or await self._fault_of(member, "take the weights", functools.partial(self._take, member.index))
         if fault and self.asleep:  # a fresh server takes its whole share of a device where the trainer still is
             log.error("%s; it is restarted when the others wake up", fault)
             self._unwell[member.index] = now, fault
         elif fault:
             await self.fleet.attend(member, now, fault, is_fatal=True)
 
-    async def _push(self, http: httpx.AsyncClient, deadline: float) -> None:
-        resume = not self.asleep  # without its cache a server cannot go on
-        await weight_sync.push_weights(http, self.files or [], self.version, deadline, resume=resume)
+    async def _take(self, index: int, http: httpx.AsyncClient, deadline: float) -> None:
+        with self.ledger.loading(self.node_of(index)) as held:
+            assert held is not None  # after an update
+            # Without its cache a server cannot go on.
+            await push.push_weights(http, held, deadline, resume=not self.asleep)
 
     # ---------------------------------------------------------------- sleep
 
@@ -230,30 +243,29 @@ class Upkeep:
 
     def _restart(self, index: int, fault: str) -> None:
         """Start a server anew with the newest weights. Raises HopelessError where there are none."""
-        with self._weights:
-            self._has_newest[index] = False
-            self._require_weights(fault)
-        self.restarts += 1
+        self._has_newest[index] = False
+        with self._newest(index, fault):
+            self.restarts += 1
         try:
             self.servers.restart(index)
         except ServersClosedError as closed:
             raise HopelessError(str(closed)) from closed
-        with self._weights:  # an update may have come meanwhile
-            self._require_weights(fault)
-            self.prepare(index)
+        with self._newest(index, fault) as held:  # an update may have come meanwhile
+            self.prepare(index, held)
             self._has_newest[index] = True
 
-    def _require_weights(self, fault: str) -> None:
-        if self.files is None:
-            raise HopelessError(f"the last update failed, so there are no weights for it; {fault}")
-        try:
-            self.store.require(self.files)
-        except RuntimeError as gone:
-            raise HopelessError(str(gone)) from gone
+    @contextlib.contextmanager
+    def _newest(self, index: int, fault: str) -> Iterator[Held | None]:
+        with contextlib.ExitStack() as stack:
+            try:
+                held = stack.enter_context(self.ledger.loading(self.node_of(index)))
+            except NoWeightsError as none:
+                raise HopelessError(f"{none}; {fault}") from none
+            yield held
 
-    def prepare(self, index: int) -> None:
-        """What a fresh server needs once: the transfer engine, the newest weights and their version."""
-        server, reading = asyncio.run(self._call(index, self._agree))
+    def prepare(self, index: int, held: Held | None = None) -> None:
+        """What a fresh server needs once: the transfer engine, its version, and the weights that its node holds."""
+        server, reading = asyncio.run(self._call(index, functools.partial(self._agree, held)))
         if not server.has_frames:
             log.warning(
                 "vLLM server %d does not have our plugin's route: its answers come as JSON, 140 bytes a token instead of "
@@ -263,14 +275,16 @@ class Upkeep:
         self.asked[index] = server
         self.fleet.members[index].admission.begin(reading)
 
-    async def _agree(self, http: httpx.AsyncClient, deadline: float) -> tuple[client.Server, Reading]:
+    async def _agree(
+        self, held: Held | None, http: httpx.AsyncClient, deadline: float
+    ) -> tuple[client.Server, Reading]:
         await control.call(http, "POST", "/init_weight_transfer_engine", deadline, json={"init_info": {}})
-        reports = await weight_sync.reports_versions(http, deadline)
-        await weight_sync.set_version(http, INITIAL_VERSION, deadline)
+        reports = await push.reports_versions(http, deadline)
+        await push.set_version(http, INITIAL_VERSION, deadline)
         has_frames = (await control.ask(http, "POST", wire.ROUTE, deadline, json={})).status == 400
-        if self.files:
+        if held:
             try:
-                await self._push(http, deadline)
+                await push.push_weights(http, held, deadline)
             except RuntimeError as refused:
                 raise HopelessError(f"a fresh server refuses the weights: {refused}") from refused
         url = str(http.base_url).rstrip("/")

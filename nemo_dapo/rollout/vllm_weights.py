@@ -1,0 +1,123 @@
+"""Weight transfer inside a vLLM server: loads what lies in the node's memory, and refuses what is not whole.
+
+Written for vLLM 0.20 to 0.33: engines of 0.20 get `load_weights` passed in and reload layer by layer in the worker; later
+ones own the model and the whole update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.platforms import current_platform
+
+from nemo_dapo.rollout.weights.read import read_weights, require_unchanged
+
+BACKEND = "nemo_dapo"  # as in command.py, which must not be imported here: it needs the trainer's packages
+
+LoadWeights = Callable[[Iterable[tuple[str, Tensor]]], Any]
+
+
+@dataclass
+class HostMemoryInitInfo(WeightTransferInitInfo):
+    """Nothing to agree on beforehand."""
+
+
+@dataclass
+class HostMemoryUpdateInfo(WeightTransferUpdateInfo):
+    """One whole update: push.Held."""
+
+    version: int
+    folder: str
+    digest: str
+
+
+class HostMemoryWeightTransferEngine(WeightTransferEngine[HostMemoryInitInfo, HostMemoryUpdateInfo]):
+    """Loads full weights in checkpoint format from the node's folder, usually on /dev/shm.
+
+    Raises ValueError, which names it, for a tensor that is not as it was sent, and at the end of an update when a parameter
+    of an unquantised model was not loaded; RuntimeError when the folder was written to meanwhile.
+    """
+
+    init_info_cls = HostMemoryInitInfo
+    update_info_cls = HostMemoryUpdateInfo
+
+    def init_transfer_engine(self, init_info: HostMemoryInitInfo) -> None: ...
+
+    def shutdown(self) -> None: ...
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Abstract in vLLM 0.20; the trainer's side is nemo_dapo.rollout.weights."""
+        raise NotImplementedError("send the weights through nemo_dapo.rollout.weights")
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._parameters = {name for name, _ in self.model.named_parameters()}
+        self._loaded: set[str] | None = set()
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # The base class synchronises the accelerator, which a CPU host does not have.
+        self.receive_weights(self.parse_update_info(update_info))
+        if not current_platform.is_cpu():
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: HostMemoryUpdateInfo, load_weights: LoadWeights | None = None) -> None:
+        self._source = (Path(update_info.folder), update_info.digest)
+        weights = read_weights(self._source[0], update_info.version, update_info.digest)
+        if load_weights is None:
+            self._note(getattr(self.model, "load_weights")(weights))  # noqa: B009 (of the model, not of nn.Module)
+        else:
+            load_weights(weights)
+        require_unchanged(*self._source)
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+        if current_platform.is_cpu():
+            repack_tied_output(self.model)
+        require_unchanged(*self._source)  # a layer keeps what it was given until all of it is there
+        quantised = getattr(self.model_config, "quantization", None) is not None
+        if self._loaded is not None and not quantised and (missing := self._parameters - self._loaded):
+            raise ValueError(
+                f"{len(missing)} parameters of the served model were not in the update: {sorted(missing)[:8]}; the "
+                "trainer must export every parameter of the model that vLLM serves"
+            )
+
+    def _note(self, loaded: Any) -> None:
+        """Remember what `load_weights` says it loaded; a model that does not say cannot be checked."""
+        self._loaded = set(loaded) if isinstance(loaded, (set, frozenset)) else None
+
+
+def repack_tied_output(model: torch.nn.Module) -> None:
+    """Refresh the CPU backend's packed copy of a tied output layer, which a reload leaves with the old weights.
+
+    The reload processes the embedding, whose parameter the output layer shares, but the packed copy hangs on the output
+    layer (vLLM's reload names this limitation).
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    modules = list(model.modules())
+    embeddings = {id(m.weight) for m in modules if type(m) is VocabParallelEmbedding and hasattr(m, "weight")}
+    for module in modules:
+        if isinstance(module, ParallelLMHead) and id(getattr(module, "weight", None)) in embeddings:
+            module.quant_method.process_weights_after_loading(module)
+
+
+def register() -> None:
+    """Make the backend known to this vLLM process, once."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, HostMemoryWeightTransferEngine)
