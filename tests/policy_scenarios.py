@@ -7,6 +7,7 @@ Megatron stays out of the pytest process: on a CPU host it needs torch's factori
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -323,6 +325,28 @@ def parity(layout: Layout) -> Callable[[Job], dict[str, Any]]:
         return out
 
     return scenario
+
+
+OBJECT_COLLECTIVES = ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list")
+
+
+def exports(job: Job) -> dict[str, Any]:
+    """Two exports with an update in between, the object collectives during each, and what an export without tasks gives."""
+    policy, counts, calls = job.policy(TP2PP2, "qwen2_tied"), [], []
+
+    def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (calls.append(collective.__name__), collective(*args, **kwargs))[1]
+
+    with contextlib.ExitStack() as patches:
+        for name in OBJECT_COLLECTIVES:
+            patches.enter_context(mock.patch.object(dist, name, counted(getattr(dist, name))))
+        for _ in range(2):
+            policy.update(make_train_batch(), LOSS, None)
+            calls.clear()
+            exported = weights_of(policy)
+            counts.append(len(calls))
+    plain = policy.bridge.export_hf_weights(policy.model, cpu=False, show_progress=False)
+    return {"counts": counts, "exported": exported, "plain": {name: one.clone() for name, one in plain}}
 
 
 def temperature(job: Job) -> Tensor:
@@ -809,6 +833,7 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
     },
     4: {
         "first_step tp2pp2": first_step(TP2PP2),
+        "exports": exports,
         "checkpoint": checkpoint(TP2PP2, "ck4"),
         "checkpoint without padding": checkpoint_without_padding,
         "load from one rank": load_from(TP2PP2, "ck1"),

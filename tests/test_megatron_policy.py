@@ -103,6 +103,16 @@ def test_the_first_step_agrees_with_one_rank(policy_runs: PolicyRuns, ranks: int
         torch.testing.assert_close(other["logprobs_after"], one["logprobs_after"], rtol=0, atol=1e-4)
 
 
+def test_an_export_asks_other_stages_once_and_then_sends_nothing_but_tensors(policy_runs: PolicyRuns) -> None:
+    for rank in range(4):
+        result = policy_runs.get(4, "exports", rank)
+        first, second = result["counts"]
+        assert first > 0  # else the test counts in the wrong place
+        assert second == 0
+        assert result["exported"].keys() == result["plain"].keys()
+        assert all(torch.equal(result["exported"][name], one) for name, one in result["plain"].items())
+
+
 def test_layers_that_do_not_divide_step_as_on_one_rank(policy_runs: PolicyRuns) -> None:
     one = policy_runs.get(1, "uneven")["three_layers"]
     for rank in range(2):

@@ -75,6 +75,7 @@ class MegatronPolicy:
         self.provider = make_provider(self.bridge, model, parallel)
         self.head = ScoringHead(int(self.bridge.hf_pretrained.config.vocab_size), temperature, model.fp32_logits)
         self.model = self._build(trainable=trainable)
+        self.exporter = weights.Exporter(self.bridge, self.model)
         self.reference = self._build(trainable=False) if with_reference else None
         self.optimizer: Any = None
         self.scheduler: Any = None
@@ -318,12 +319,12 @@ class MegatronPolicy:
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter once, by its Hugging Face name, full, on every rank."""
         self.memory.require(Stage.score, Stage.train, Stage.sync)
-        return weights.export_weights(self.bridge, self.model)
+        return self.exporter.export()
 
     def save_hf(self, path: Path) -> None:
         """Write the policy as a Hugging Face directory. Raises on rank 0 where it is not written, or not whole."""
         self.memory.require(Stage.score, Stage.train, Stage.sync)
-        weights.save_hf_model(self.bridge, self.model, self.source, path)
+        weights.save_hf_model(self.exporter.export(), self.source, path)
 
     def save(self, path: Path) -> list[Path]:
         """Write weights, optimizer and schedule to the existing directory `path`, sharded; returns this rank's files.

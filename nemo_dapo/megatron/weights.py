@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator
@@ -49,19 +50,36 @@ def _import_bridge() -> Any:
         return importlib.import_module("megatron.bridge")
 
 
-def export_weights(bridge: Any, model: list[Any]) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter once, by its Hugging Face name, full, on every rank; collective over TP and PP."""
-    for name, weight in bridge.export_hf_weights(model, cpu=False, show_progress=False):
-        yield name, weight.detach()
+class Exporter:
+    """Exports a Megatron model by the bridge's conversion tasks, which are built once.
+
+    The tasks remember what they asked other pipeline stages about each parameter: after the first export nothing but
+    tensors is exchanged. The bridge would look for LoRA adapters by an object collective each time; there are none here.
+    """
+
+    def __init__(self, bridge: Any, model: list[Any]) -> None:
+        self.bridge, self.model = bridge, model
+
+    @functools.cached_property
+    def tasks(self) -> list[Any]:
+        """Collective. A parameter that the bridge has no mapping for has no task; whoever counts the weights names it."""
+        return [task for task in self.bridge.get_conversion_tasks(self.model) if task is not None]
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter once, by its Hugging Face name, full, on every rank; collective over TP and PP."""
+        weights = self.bridge.export_hf_weights(
+            self.model, cpu=False, show_progress=False, conversion_tasks=self.tasks, merge_adapter_weights=False
+        )
+        for name, weight in weights:
+            yield name, weight.detach()
 
 
-def save_hf_model(bridge: Any, model: list[Any], source: Path, path: Path) -> None:
+def save_hf_model(weights: Iterator[tuple[str, Tensor]], source: Path, path: Path) -> None:
     """Write the weights with the configuration and tokenizer of `source` as a Hugging Face directory; collective.
 
     Rank 0 writes; see hf_folder.write_model. Not Bridge's own save_hf_pretrained (seen in 0.3.1): of every source file with
     one tensor that is not exported, such as a buffer, it leaves out all weights, with no more than a print.
     """
-    weights = export_weights(bridge, model)
     try:
         if dist.get_rank() == 0:
             write_model(path, weights, source)
