@@ -25,6 +25,7 @@ from nemo_dapo.rollout.weights.pack import Piece, pack
 from nemo_dapo.rollout.weights.plan import Outcome, Place, Sent, UpdatePlan
 from nemo_dapo.rollout.weights.store import sees
 from nemo_dapo.rollout.weights.table import Entry, Table
+from nemo_dapo.rollout.weights.tcp import TCPCarrier
 
 P = ParamSpec("P")
 PIECE_BYTES = 64 << 20
@@ -106,7 +107,7 @@ def carrier_to(place: Place, plan: UpdatePlan) -> Carrier:
     """Whatever the hosts are called: who sees the node's folder writes into it."""
     if sees(Path(place.folder), place.nonce):
         return HostCarrier(Path(place.folder))
-    raise ValueError(f"{place.folder} of node {place.node} is not on this host")
+    return TCPCarrier(place, plan.token)
 
 
 class Lane:

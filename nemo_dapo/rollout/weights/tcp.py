@@ -1,0 +1,83 @@
+"""Carrier to the receiver of another node, over one HTTP connection."""
+
+from __future__ import annotations
+
+import time
+from http.client import HTTPConnection
+from typing import Any
+from urllib.parse import urlsplit
+
+from nemo_dapo.rollout.weights.checksum import checksum
+from nemo_dapo.rollout.weights.pack import Piece
+from nemo_dapo.rollout.weights.plan import Place
+from nemo_dapo.rollout.weights.receive import CHECKSUM_HEADER
+from nemo_dapo.rollout.weights.table import Table
+from nemo_dapo.telemetry.escape import printable
+
+STALL_SECONDS = 20.0  # in which a receiver takes nothing, or does not answer: it is stopped, or the link is down
+
+
+class TCPCarrier:
+    """Puts pieces to the receiver of `place`.
+
+    Raises TimeoutError where it takes nothing for STALL_SECONDS or the deadline passes, ConnectionError where it is gone,
+    RuntimeError, with its words, where it refuses.
+    """
+
+    def __init__(self, place: Place, token: str) -> None:
+        self.place, self.token = place, token
+        self.version, self.deadline = -1, 0.0
+        self.connection: HTTPConnection | None = None
+
+    def begin(self, version: int, deadline: float) -> None:
+        self.version, self.deadline = version, deadline
+        if not self.place.address:
+            raise ConnectionError(f"{self.place.folder} is not on this host, and the node has no receiver")
+        if self.connection is None:
+            address = urlsplit(f"//{self.place.address}")
+            self.connection = HTTPConnection(address.hostname or "", address.port, timeout=self._patience())
+
+    def carry(self, piece: Piece) -> None:
+        data = piece.data.numpy()
+        self._put(str(piece.offset), data, {CHECKSUM_HEADER: str(checksum(data))})
+
+    def commit(self, table: Table) -> None:
+        self._put("table", table.render().encode(), {})
+
+    def close(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+    def _put(self, what: str, body: Any, headers: dict[str, str]) -> None:
+        assert self.connection is not None
+        view = memoryview(body)
+        request = {"Authorization": f"Bearer {self.token}", "Content-Length": str(view.nbytes), **headers}
+        self.connection.putrequest("PUT", f"/weights/{self.version}/{what}", skip_accept_encoding=True)
+        for name, value in request.items():
+            self.connection.putheader(name, value)
+        self.connection.timeout = self._patience()
+        self.connection.endheaders()
+        try:
+            while view:
+                self.connection.sock.settimeout(self._patience())
+                view = view[self.connection.sock.send(view) :]
+        except (BrokenPipeError, ConnectionResetError):  # it may have said why
+            self._require_accepted()
+            raise
+        self._require_accepted()
+
+    def _require_accepted(self) -> None:
+        assert self.connection is not None
+        self.connection.sock.settimeout(self._patience())
+        with self.connection.getresponse() as response:
+            said = printable(response.read(1000).decode(errors="replace"), 500)
+            if response.status != 200:
+                raise RuntimeError(f"{self.place.address} refused the weights: HTTP {response.status} {said}")
+
+    def _patience(self) -> float:
+        """Seconds that the next step may take."""
+        remaining = self.deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("the update took longer than rollout.sync_timeout")
+        return min(STALL_SECONDS, remaining)
