@@ -89,9 +89,11 @@ class WeightWriter:
         """The memory of `nbytes` from `offset` on; raises OSError where the host has none left."""
         end = offset + nbytes
         if self._map is None or len(self._map) < end:
-            # Without the pages a write through the mapping would kill this process where memory is short.
-            os.posix_fallocate(self._file, 0, end)
-            self._map = mmap.mmap(self._file, end)
+            size = os.fstat(self._file).st_size
+            if size < end:
+                # Without the pages a write through the mapping would kill this process where memory is short.
+                os.posix_fallocate(self._file, size, end - size)
+            self._map = mmap.mmap(self._file, max(size, end))
         return memoryview(self._map)[offset:end]
 
     def commit(self, table: Table) -> None:
