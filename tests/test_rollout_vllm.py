@@ -25,8 +25,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from nemo_dapo.rollout import client, wire
+from nemo_dapo.rollout import client, control, wire
 from nemo_dapo.rollout.engine import VLLMEngine
+from nemo_dapo.rollout.weights.push import Held, push_weights
+from nemo_dapo.rollout.weights.store import DATA, read_table
 from nemo_dapo.types import Prompt, Sample, SamplingParams, VersionSpan
 from tests.conftest import TINY_VLLM, tiny_engine
 
@@ -319,10 +321,34 @@ def test_a_server_sleeps_once_and_wakes_once(vllm_engine, monkeypatch):
     assert sample(vllm_engine)
 
 
+def check_refusal(engine: VLLMEngine) -> None:
+    """A bit that flips in the node's memory is refused by the name of its tensor, and the server is not resumed."""
+    folder, server = engine.store.folder, engine.servers.servers[0]
+    table = read_table(folder)
+    victim = table.entries[len(table.entries) // 2]
+    with (folder / DATA).open("r+b") as file:
+        file.seek(victim.offset)
+        (byte,) = file.read(1)
+        file.seek(victim.offset)
+        file.write(bytes([byte ^ 1]))
+
+    async def take() -> None:
+        async with control.client(server.url, engine.servers.headers) as http:
+            await push_weights(http, Held(table.version, str(folder), table.digest), time.monotonic() + 60)
+
+    with pytest.raises(RuntimeError, match=r"/update_weights of .* failed"):
+        asyncio.run(take())
+    said = f"parameter {victim.name} has other bytes than were sent"
+    assert wait_until(lambda: said in server.log_path.read_text())
+    paused = httpx.get(server.url + "/is_paused", headers=engine.servers.headers, trust_env=False).json()
+    assert paused == {"is_paused": True}
+
+
 def test_logprobs_equal_hugging_face_before_and_after_an_update_with_untied_embeddings(tiny_models, tmp_path):
     with tiny_engine(tiny_models["untied"], tmp_path) as engine:
         assert {span.version for s in sample(engine) for span in s.versions} == {0}
         check_update(engine, tiny_models["untied"])
+        check_refusal(engine)  # last: a server that refuses is to be restarted
 
 
 TRAINER = """

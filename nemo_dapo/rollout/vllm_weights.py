@@ -1,4 +1,5 @@
-"""Weight transfer inside a vLLM server: loads what lies in the node's memory, and refuses what is not whole.
+"""Weight transfer inside a vLLM server: loads what lies in the node's memory or comes to its devices, and refuses what is
+not whole.
 
 Written for vLLM 0.20 to 0.33: engines of 0.20 get `load_weights` passed in and reload layer by layer in the worker; later
 ones own the model and the whole update.
@@ -6,6 +7,7 @@ ones own the model and the whole update.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.platforms import current_platform
 
+from nemo_dapo.rollout.weights.incoming import Incoming
 from nemo_dapo.rollout.weights.read import read_weights, require_unchanged
 
 BACKEND = "nemo_dapo"  # as in command.py, which must not be imported here: it needs the trainer's packages
@@ -29,32 +32,43 @@ LoadWeights = Callable[[Iterable[tuple[str, Tensor]]], Any]
 
 
 @dataclass
-class HostMemoryInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand."""
+class InitInfo(WeightTransferInitInfo):
+    """An NCCL group to join, where weights are to come by broadcasts; see broadcast.py."""
+
+    group: dict[str, Any] | None = None
 
 
 @dataclass
-class HostMemoryUpdateInfo(WeightTransferUpdateInfo):
-    """One whole update: push.Held."""
+class UpdateInfo(WeightTransferUpdateInfo):
+    """A whole update in a folder (push.Held), a piece of one, or, with the digest alone, its end."""
 
     version: int
-    folder: str
-    digest: str
+    folder: str = ""
+    digest: str = ""
+    piece: dict[str, Any] | None = None
 
 
-class HostMemoryWeightTransferEngine(WeightTransferEngine[HostMemoryInitInfo, HostMemoryUpdateInfo]):
-    """Loads full weights in checkpoint format from the node's folder, usually on /dev/shm.
+class NodeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads full weights in checkpoint format from the node's folder, usually on /dev/shm, or from pieces.
 
     Raises ValueError, which names it, for a tensor that is not as it was sent, and at the end of an update when a parameter
     of an unquantised model was not loaded; RuntimeError when the folder was written to meanwhile.
     """
 
-    init_info_cls = HostMemoryInitInfo
-    update_info_cls = HostMemoryUpdateInfo
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
 
-    def init_transfer_engine(self, init_info: HostMemoryInitInfo) -> None: ...
+    @functools.cached_property
+    def incoming(self) -> Incoming:
+        parallel = self.parallel_config
+        return Incoming(self.device, parallel.data_parallel_index * parallel.world_size + parallel.rank)
 
-    def shutdown(self) -> None: ...
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        if init_info.group:
+            self.incoming.join(init_info.group)
+
+    def shutdown(self) -> None:
+        self.incoming.leave()
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
@@ -66,6 +80,8 @@ class HostMemoryWeightTransferEngine(WeightTransferEngine[HostMemoryInitInfo, Ho
 
         self._parameters = {name for name, _ in self.model.named_parameters()}
         self._loaded: set[str] | None = set()
+        self._folder: tuple[Path, str] | None = None
+        self.incoming.begin()
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -74,14 +90,26 @@ class HostMemoryWeightTransferEngine(WeightTransferEngine[HostMemoryInitInfo, Ho
         if not current_platform.is_cpu():
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: HostMemoryUpdateInfo, load_weights: LoadWeights | None = None) -> None:
-        self._source = (Path(update_info.folder), update_info.digest)
-        weights = read_weights(self._source[0], update_info.version, update_info.digest)
-        if load_weights is None:
-            self._note(getattr(self.model, "load_weights")(weights))  # noqa: B009 (of the model, not of nn.Module)
+    def receive_weights(self, update_info: UpdateInfo, load_weights: LoadWeights | None = None) -> None:
+        version, digest = update_info.version, update_info.digest
+        if update_info.piece is not None:
+            self._load(self.incoming.receive(version, update_info.piece), load_weights)
+        elif update_info.folder:
+            self._folder = Path(update_info.folder), digest
+            self._load(read_weights(self._folder[0], version, digest), load_weights)
+            require_unchanged(*self._folder)
         else:
+            self.incoming.finish(version, digest)
+
+    def _load(self, weights: Iterable[tuple[str, Tensor]], load_weights: LoadWeights | None) -> None:
+        if load_weights is not None:
             load_weights(weights)
-        require_unchanged(*self._source)
+            return
+        loaded = getattr(self.model, "load_weights")(weights)  # noqa: B009 (of the model, not of nn.Module)
+        if not isinstance(loaded, (set, frozenset)):
+            self._loaded = None  # a model that does not say what it loaded cannot be checked
+        elif self._loaded is not None:
+            self._loaded |= loaded
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -89,17 +117,14 @@ class HostMemoryWeightTransferEngine(WeightTransferEngine[HostMemoryInitInfo, Ho
         finalize_layerwise_reload(self.model, self.model_config)
         if current_platform.is_cpu():
             repack_tied_output(self.model)
-        require_unchanged(*self._source)  # a layer keeps what it was given until all of it is there
+        if self._folder is not None:  # a layer keeps what it was given until all of it is there
+            require_unchanged(*self._folder)
         quantised = getattr(self.model_config, "quantization", None) is not None
         if self._loaded is not None and not quantised and (missing := self._parameters - self._loaded):
             raise ValueError(
                 f"{len(missing)} parameters of the served model were not in the update: {sorted(missing)[:8]}; the "
                 "trainer must export every parameter of the model that vLLM serves"
             )
-
-    def _note(self, loaded: Any) -> None:
-        """Remember what `load_weights` says it loaded; a model that does not say cannot be checked."""
-        self._loaded = set(loaded) if isinstance(loaded, (set, frozenset)) else None
 
 
 def repack_tied_output(model: torch.nn.Module) -> None:
@@ -120,4 +145,4 @@ def repack_tied_output(model: torch.nn.Module) -> None:
 def register() -> None:
     """Make the backend known to this vLLM process, once."""
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, HostMemoryWeightTransferEngine)
+        WeightTransferEngineFactory.register_engine(BACKEND, NodeWeightTransferEngine)

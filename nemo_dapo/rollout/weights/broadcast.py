@@ -1,0 +1,120 @@
+"""Carrier to the devices of many servers at once, by NCCL broadcasts from one trainer rank.
+
+Every server is told of a piece by HTTP, and all of their workers receive it in one broadcast. A worker that hangs holds all
+up: at the piece's deadline each end aborts by itself. Who did not answer is left out, the others form a group anew and
+receive the piece again; a worker that has it already passes it over.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from nemo_dapo.rollout.weights.nccl import NCCL, Communicator, first_ranks, require_same_version
+from nemo_dapo.rollout.weights.pack import Piece
+from nemo_dapo.rollout.weights.servers import ServerCalls, Target, piece_info
+from nemo_dapo.rollout.weights.table import Table
+
+log = logging.getLogger(__name__)
+
+PIECE_SECONDS = 30.0  # for one piece to get everywhere
+JOIN_SECONDS = 60.0  # for a group to form
+
+MakeCommunicator = Callable[[NCCL, bytes, int, int, float], Communicator]
+
+
+class BroadcastCarrier:
+    """To `targets`, of which those that fail are named in `dropped`; raises ConnectionError once none is left."""
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        calls: ServerCalls,
+        nccl: NCCL,
+        communicator: MakeCommunicator = Communicator,
+    ) -> None:
+        """Raises ValueError where a server's NCCL is another than this process's."""
+        require_same_version(nccl.version(), {target.name: target.nccl for target in targets})
+        self.targets, self.calls, self.nccl, self.make = list(targets), calls, nccl, communicator
+        self.dropped: dict[str, str] = {}
+        self.version, self.deadline = -1, 0.0
+        self._group: Communicator | None = None
+
+    def begin(self, version: int, deadline: float) -> None:
+        self.version, self.deadline = version, deadline
+        self._form_group()
+
+    def carry(self, piece: Piece) -> None:
+        """Broadcast a piece [n] on this rank's device, until every server that is left has it."""
+        while not self._broadcast(piece):
+            continue
+
+    def commit(self, table: Table) -> None:
+        body = {"update_info": {"version": self.version, "digest": table.digest}}
+        deadline = self._by(PIECE_SECONDS)
+        calls = self.calls.begin(self.targets, "/update_weights", [body] * len(self.targets), deadline)
+        if faults := self.calls.faults(self.targets, calls, deadline):
+            self._drop(faults)  # their workers are in the group: the next update forms another one
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
+
+    def _broadcast(self, piece: Piece) -> bool:
+        """Whether all servers that are left have the piece; where one was lost, in a group without it."""
+        assert self._group is not None
+        deadline = self._by(PIECE_SECONDS)
+        info = piece_info(self.version, piece, deadline - time.monotonic())
+        bodies = [{"update_info": {"version": self.version, "piece": info}}] * len(self.targets)
+        calls = self.calls.begin(self.targets, "/update_weights", bodies, deadline)
+        try:
+            self._group.broadcast(piece.data, deadline)
+            is_everywhere = True
+        except TimeoutError as late:
+            log.error("weights %d, byte %d: %s", self.version, piece.offset, late)
+            is_everywhere = False
+        faults = self.calls.faults(self.targets, calls, deadline)
+        if faults:
+            self._drop(faults)
+        if faults or not is_everywhere:
+            self._form_group()
+        return is_everywhere
+
+    def _form_group(self) -> None:
+        """A communicator of this rank and all workers of the servers that are left; who does not join is dropped."""
+        while self._group is None:
+            deadline = self._by(JOIN_SECONDS)
+            unique_id, workers = self.nccl.unique_id(), [target.workers for target in self.targets]
+            group = {
+                "unique_id": base64.b64encode(unique_id).decode(),
+                "world_size": 1 + sum(workers),
+                "seconds": deadline - time.monotonic(),
+            }
+            bodies = [{"init_info": {"group": {**group, "first_rank": rank}}} for rank in first_ranks(workers)]
+            calls = self.calls.begin(self.targets, "/init_weight_transfer_engine", bodies, deadline)
+            try:
+                self._group = self.make(self.nccl, unique_id, 1 + sum(workers), 0, deadline)
+            except TimeoutError as late:
+                log.error("%s", late)
+            if faults := self.calls.faults(self.targets, calls, deadline):
+                self._drop(faults)
+
+    def _drop(self, faults: dict[str, str]) -> None:
+        """Go on without them, in a group that is yet to be formed."""
+        self.close()
+        self.dropped |= faults
+        self.targets = [target for target in self.targets if target.name not in faults]
+        for name, fault in faults.items():
+            log.error("weights %d no longer go to %s: %s", self.version, name, fault)
+        if not self.targets:
+            raise ConnectionError(f"no server is left to send weights to: {self.dropped}")
+
+    def _by(self, seconds: float) -> float:
+        """The deadline of a step that may take so long."""
+        now = time.monotonic()
+        if now > self.deadline:
+            raise TimeoutError("the update took longer than rollout.sync_timeout")
+        return min(now + seconds, self.deadline)

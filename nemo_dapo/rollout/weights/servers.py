@@ -1,0 +1,90 @@
+"""The servers as a trainer's rank reaches them that puts weights straight into their devices."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import astuple, dataclass
+from http.client import HTTPConnection, HTTPException
+from typing import Any
+from urllib.parse import urlsplit
+
+from nemo_dapo.rollout.weights.pack import Piece
+from nemo_dapo.telemetry.escape import printable
+
+GRACE_SECONDS = 5.0  # for an answer after the deadline of what it is an answer to
+
+
+@dataclass(frozen=True)
+class Target:
+    """One server: where its workers are, by the UUID of each one's device, and which NCCL they have."""
+
+    name: str
+    url: str
+    gpus: tuple[str, ...]
+    nccl: int = 0
+
+    @property
+    def workers(self) -> int:
+        return len(self.gpus)
+
+
+class ServerCalls:
+    """Calls of the weight routes of several servers at once, each with its own body."""
+
+    def __init__(self, key: str, servers: int) -> None:
+        self.key = key
+        self._pool = ThreadPoolExecutor(servers, thread_name_prefix="weights to servers")
+
+    def begin(
+        self, targets: Sequence[Target], route: str, bodies: Sequence[Any], deadline: float
+    ) -> list[Future[None]]:
+        """Start them all; `deadline` is of time.monotonic()."""
+        return [
+            self._pool.submit(self._post, target, route, body, deadline)
+            for target, body in zip(targets, bodies, strict=True)
+        ]
+
+    def faults(self, targets: Sequence[Target], calls: Sequence[Future[None]], deadline: float) -> dict[str, str]:
+        """By server, why its call did not succeed; waits for the calls, not for longer than the deadline and a grace."""
+        wait(calls, timeout=max(0.0, deadline + GRACE_SECONDS - time.monotonic()))
+        found: dict[str, str] = {}
+        for target, call in zip(targets, calls, strict=True):
+            if not call.done():
+                found[target.name] = "did not answer in time"
+            elif problem := call.exception():
+                found[target.name] = f"{type(problem).__name__}: {problem}"
+        return found
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False)
+
+    def _post(self, target: Target, route: str, body: Any, deadline: float) -> None:
+        """Raises RuntimeError, with its words, where the server refuses, and what http.client raises where it is gone."""
+        address = urlsplit(target.url)
+        patience = max(0.001, deadline + GRACE_SECONDS - time.monotonic())
+        connection = HTTPConnection(address.hostname or "", address.port, timeout=patience)
+        try:
+            headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+            connection.request("POST", route, json.dumps(body), headers)
+            response = connection.getresponse()
+            said = response.read(1000).decode(errors="replace")
+            if response.status != 200:
+                raise RuntimeError(f"{route} answers HTTP {response.status} {printable(said, 500)}")
+        except HTTPException as problem:
+            raise ConnectionError(f"{route}: {type(problem).__name__}: {problem}") from problem
+        finally:
+            connection.close()
+
+
+def piece_info(version: int, piece: Piece, seconds: float) -> dict[str, Any]:
+    """What a worker must know of a piece, beside where its bytes are; `seconds` is how long it may wait for them."""
+    return {
+        "version": version,
+        "offset": piece.offset,
+        "nbytes": len(piece.data),
+        "entries": [astuple(entry) for entry in piece.entries],
+        "seconds": seconds,
+    }
