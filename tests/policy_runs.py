@@ -45,7 +45,8 @@ class PolicyRuns:
             f"from pathlib import Path; from tests import policy_scenarios as s; s.main(Path({str(self.folder)!r}))"
         )
         root = Path(__file__).parents[1]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
+        search = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": search}
         with open(self.folder / "log", "wb") as log:
             parent = subprocess.Popen(
                 [sys.executable, "-c", command],

@@ -1,6 +1,8 @@
-"""What only a CUDA device can show: log-probabilities there, their memory, and the policy on Transformer Engine's layers.
+"""What only a CUDA device can show: log-probabilities there, their memory, the rows of the GPU proof, and the policy on
+Transformer Engine's layers.
 
-Everything else is the same code as on a CPU host and is tested there.
+Everything else is the same code as on a CPU host and is tested there. Where Transformer Engine is missing, as on a bare GPU
+machine (docs/gpu_proof.md), the rows run the policy on the layers of `megatron/attention.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu.models import one_rank
+from benchmarks.gpu.table import ROWS
 from nemo_dapo.megatron import logprobs as module
 from nemo_dapo.megatron.logprobs import score_targets
 from tests.tiny import save_tiny_model
@@ -27,11 +31,10 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dist.ProcessGroup]:
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield dist.group.WORLD  # type: ignore[misc]
-    dist.destroy_process_group()
+def group() -> Iterator[dist.ProcessGroup]:
+    """Of this process alone, over NCCL."""
+    with one_rank("cuda") as one:
+        yield one
 
 
 def inputs(tokens: int, vocab: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -43,28 +46,32 @@ def inputs(tokens: int, vocab: int, hidden: int, dtype: torch.dtype) -> tuple[to
 
 # bfloat16 keeps 8 bits of the logits: 2^-9 of a logit around 4 is 8e-3.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("exchanged", [False, True])
 def test_log_probabilities_entropy_and_gradients_are_those_of_log_softmax(
-    dtype: torch.dtype, tolerance: float, group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, tolerance: float, exchanged: bool, group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`exchanged`: with the all-reduces of tensor-parallel ranks, here over NCCL and one rank, which change nothing."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 64 * 1000)  # several chunks
+    if exchanged:
+        monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
     states, weight, targets = inputs(300, 1000, 64, dtype)
+    targets = targets.clamp(max=989)  # rows from 990 on are padding
     logprobs, entropy = score_targets(states, weight, targets, group=group, vocab_size=990, temperature=0.7)
     (logprobs.sum() + 0.1 * entropy.sum()).backward()
-    found = states.grad.clone(), weight.grad.clone()  # type: ignore[union-attr]
+    assert states.grad is not None
+    assert weight.grad is not None
+    found = states.grad.float().clone(), weight.grad.float().clone()
     states.grad = weight.grad = None
 
-    targets = targets.clamp(max=989)
     log_softmax = torch.log_softmax((states.float() @ weight[:990].float().T) / 0.7, -1)
     expected = log_softmax.gather(1, targets[:, None])[:, 0]
     expected_entropy = -(log_softmax.exp() * log_softmax).sum(-1)
-    real = (targets < 989).nonzero()[:, 0]  # a target in the padding has no reference
-    torch.testing.assert_close(logprobs[real], expected[real], rtol=0, atol=tolerance)
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(entropy, expected_entropy, rtol=0, atol=tolerance)
     (expected.sum() + 0.1 * expected_entropy.sum()).backward()
-    close = (states.grad[real].float() - found[0][real].float()).norm() / states.grad[real].float().norm()  # type: ignore[index]
-    assert close < tolerance
-    assert weight.grad is not None
-    assert found[1].isfinite().all()
+    for mine, theirs in zip(found, (states.grad, weight.grad), strict=True):
+        assert (mine - theirs.float()).norm() < tolerance * theirs.float().norm()
+    assert not found[1][990:].any()  # padding has no gradient
 
 
 def test_memory_does_not_grow_with_tokens_times_vocabulary(group: dist.ProcessGroup) -> None:
@@ -123,6 +130,17 @@ def run_policy(model: Path, precision: str) -> dict[str, Any]:
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="Megatron-core is not installed")
+@pytest.mark.parametrize("row", ROWS)
+def test_row_of_the_gpu_proof_holds(row: str, tmp_path: Path) -> None:
+    lines = tmp_path / "lines"
+    command = [sys.executable, "-m", "benchmarks.gpu.table", row, "--lines", str(lines)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
+    assert lines.read_text().count("\n") > 1
 
 
 @pytest.mark.slow
