@@ -75,6 +75,8 @@ class Sender:
     def _send(self, weights: Iterator[tuple[str, Tensor]], plan: UpdatePlan, places: list[Place]) -> Sent:
         self._ring = self._ring or Ring(self.piece_bytes)
         deadline = time.monotonic() + plan.seconds
+        for gone in self._carriers.keys() - set(places):  # a node that left, or came back with another folder
+            self._carriers.pop(gone).close()
         with contextlib.ExitStack() as stack:
             lanes = [stack.enter_context(Lane(place, self._carrier(place, plan))) for place in places]
             for lane in lanes:
