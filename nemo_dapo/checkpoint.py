@@ -46,8 +46,19 @@ def latest(directory: Path) -> int | None:
 # ---------------------------------------------------------------- writing
 
 
-def save(directory: Path, step: int, policy: Policy, state: Mapping[str, Any] | None, *, keep: int, group: Any) -> Path:
+def save(
+    directory: Path,
+    step: int,
+    policy: Policy,
+    state: Mapping[str, Any] | None,
+    *,
+    keep: int,
+    group: Any,
+    portable: bool = True,
+) -> Path:
     """Write the checkpoint of `step` and remove all but the newest `keep` (0: none). Collective; `state` is rank 0's.
+
+    `portable` as for `Policy.save`.
 
     Raises CheckpointError, on every rank, where one of them could not write; what was written of it is then removed.
     """
@@ -55,7 +66,7 @@ def save(directory: Path, step: int, policy: Policy, state: Mapping[str, Any] | 
     leads = dist.get_rank() == 0
     try:
         _on_every_rank(lambda: _make_empty(directory, beside) if leads else None, group)
-        parts = _on_every_rank(lambda: _write_policy(policy, beside), group)
+        parts = _on_every_rank(lambda: _write_policy(policy, beside, portable), group)
         files = {name: FileDigest(**one) for part in parts for name, one in part.items()}
         content = {"step": step} | dict(state or {})
         _on_every_rank(lambda: _complete(beside, place, content, files) if leads else None, group)
@@ -89,9 +100,9 @@ def _make_empty(directory: Path, beside: Path) -> None:
     (beside / "policy").mkdir(parents=True)
 
 
-def _write_policy(policy: Policy, beside: Path) -> dict[str, Any]:
+def _write_policy(policy: Policy, beside: Path, portable: bool) -> dict[str, Any]:
     """Digests of the files that this rank wrote, by their names in the checkpoint."""
-    files = policy.save(beside / "policy")
+    files = policy.save(beside / "policy", portable=portable)
     for file in files:
         _sync(file)
     return {str(file.relative_to(beside)): asdict(digests.digest(file)) for file in files}

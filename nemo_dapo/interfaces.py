@@ -85,8 +85,9 @@ class Policy(Protocol):
         """Every parameter once, by its Hugging Face name, full and unsharded, on every rank."""
         ...
 
-    def save(self, path: Path) -> list[Path]:
-        """Write to the existing, empty directory `path`; returns the files that this rank wrote."""
+    def save(self, path: Path, *, portable: bool) -> list[Path]:
+        """Write to the existing, empty directory `path`; returns the files that this rank wrote. A portable checkpoint can
+        be loaded under any layout of ranks."""
         ...
 
     def load(self, path: Path) -> None: ...

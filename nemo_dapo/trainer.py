@@ -24,7 +24,7 @@ from torch import Tensor
 from nemo_dapo import checkpoint, hf_folder
 from nemo_dapo.batching import minibatches
 from nemo_dapo.collectives import gather_json
-from nemo_dapo.config import OnFailedSave, Resume, RunConfig
+from nemo_dapo.config import OnFailedSave, Portable, Resume, RunConfig
 from nemo_dapo.controller import Controller
 from nemo_dapo.coordination import (
     StoppedError,
@@ -311,7 +311,15 @@ class DAPOTrainer:
         step, keep = self.progress.rollout_steps, self.config.checkpoint.keep
         try:
             with self.timed("save"):
-                checkpoint.save(self.checkpoints, step, self.policy, state, keep=keep, group=self.group)
+                checkpoint.save(
+                    self.checkpoints,
+                    step,
+                    self.policy,
+                    state,
+                    keep=keep,
+                    group=self.group,
+                    portable=self.is_portable(step),
+                )
             self.saved = step
         except checkpoint.CheckpointError as error:
             now = f"the last checkpoint is that of step {self.saved}" if self.saved else "there is no checkpoint yet"
@@ -319,6 +327,10 @@ class DAPOTrainer:
                 raise found_alike(checkpoint.CheckpointError(f"{error}; {now}")) from error
             if self.controller is not None:
                 log.error("%s; %s; the run goes on (checkpoint.on_failed_save=go_on)", error, now)
+
+    def is_portable(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is to be loadable under any layout: its optimizer states must be gathered."""
+        return step == self.config.trainer.max_steps or self.config.checkpoint.portable is Portable.always
 
     def resume(self) -> None:
         """Go on from the checkpoint of step `resumed`.

@@ -353,21 +353,21 @@ def temperature(job: Job) -> Tensor:
     return job.policy(Layout(), temperature=0.7).logprobs(make_train_batch())
 
 
-def _save(job: Job, policy: Any, name: str) -> Path:
+def _save(job: Job, policy: Any, name: str, *, portable: bool = True) -> Path:
     path = job.folder / name
     path.mkdir(exist_ok=True)
     dist.barrier()
-    policy.save(path)
+    policy.save(path, portable=portable)
     return path
 
 
-def checkpoint(layout: Layout, name: str) -> Callable[[Job], dict[str, Any]]:
+def checkpoint(layout: Layout, name: str, *, portable: bool = True) -> Callable[[Job], dict[str, Any]]:
     """Update, save, update; then load into a fresh policy and update again."""
 
     def scenario(job: Job) -> dict[str, Any]:
         batch, policy = make_train_batch(), job.policy(layout)
         policy.update(batch, LOSS, None)
-        path = _save(job, policy, name)
+        path = _save(job, policy, name, portable=portable)
         out = {"saved": weights_of(policy), "next_metrics": values(policy.update(batch, LOSS, None))}
         return out | {"next": weights_of(policy)} | {"loaded": load_and_update(job, layout, path)}
 
@@ -540,6 +540,23 @@ def checkpoint_without_padding(job: Job) -> dict[str, Any]:
         module.keep_bucket_padding = keep
 
 
+def saved_twice(job: Job) -> list[bytes]:
+    """This rank's files of the same state, lying by rank, saved after other things lay in memory."""
+    policy, files = job.policy(Layout()), []
+    policy.update(make_train_batch(), LOSS, None)
+    for number in range(2):
+        noise = [torch.full((256 * (i + 1),), float(number + 1)) for i in range(40)]
+        del noise
+        path = _save(job, policy, f"twice {number}", portable=False)
+        files.append(b"".join(one.read_bytes() for one in sorted(path.glob(f"__{job.rank}_*.distcp"))))
+    return files
+
+
+def another_layout(job: Job) -> str:
+    """What is said of a checkpoint whose optimizer states lie by rank, of TP2, under TP2 x PP2."""
+    return error_of(lambda: job.policy(TP2PP2).load(job.folder / "ck2 by rank"))
+
+
 def stage_round(layout: Layout, precision: Precision) -> Callable[[Job], dict[str, Any]]:
     """Two updates with all memory on the device; then the same with a round through every stage between them."""
     in_words = {"precision": precision, "with_reference": True}
@@ -562,7 +579,7 @@ def stage_round(layout: Layout, precision: Precision) -> Callable[[Job], dict[st
             policy.enter(stage)
             seen |= {stage: {name: tensor.untyped_storage().nbytes() for name, tensor in held.items()}}
             seen["refused"] |= refused_orders(policy)
-            _save(job, policy, f"{folder}-{stage.value}")
+            _save(job, policy, f"{folder}-{stage.value}", portable=stage is Stage.sync)
         seen["refused verbs"] = [error_of(verb) for verb in (policy.export_weights, lambda: policy.logprobs(batch))]
         policy.enter(Stage.score)
         got |= {"scores": policy.logprobs(batch), "reference": policy.reference_logprobs(batch)}
@@ -640,7 +657,8 @@ def shrink(job: Job) -> dict[str, Any] | None:
         return None
     job.world_size = 1
     job.join("alone")
-    return load_and_update(job, Layout(), job.folder / "ck4")
+    by_rank = load_and_update(job, Layout(), job.folder / "ck4 by rank")
+    return load_and_update(job, Layout(), job.folder / "ck4") | {"by rank": by_rank}
 
 
 def non_finite(layout: Layout) -> Callable[[Job], dict[str, Any]]:
@@ -829,6 +847,8 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
         "non_finite pp2": non_finite(PP2),
         "parity": parity(TP2),
         "checkpoint pp2": checkpoint(PP2, "ck2"),
+        "saved twice": saved_twice,
+        "by rank tp2": checkpoint(TP2, "ck2 by rank", portable=False),
         "uneven pp2": first_step(PP2, [*UNEVEN]),
     },
     4: {
@@ -838,6 +858,9 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
         "checkpoint without padding": checkpoint_without_padding,
         "load from one rank": load_from(TP2PP2, "ck1"),
         "shared_batch tp2": shared_batch(TP2),
+        "by rank dp4": checkpoint(Layout(), "ck4 by rank", portable=False),
+        "by rank on twice the replicas": load_from(TP2, "ck2 by rank"),
+        "by rank under another layout": another_layout,
         "load on one rank": shrink,
     },
 }

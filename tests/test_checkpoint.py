@@ -24,7 +24,7 @@ class StubPolicy:
     def __init__(self, number: int = 0, dies: bool = False, fails: bool = False) -> None:
         self.number, self.dies, self.fails = number, dies, fails
 
-    def save(self, path: Path) -> list[Path]:
+    def save(self, path: Path, *, portable: bool) -> list[Path]:
         assert not list(path.iterdir()), "Megatron writes into an empty directory"
         (path / "half").write_text(f"half of {self.number}")
         if self.dies:
@@ -373,7 +373,7 @@ def test_an_old_one_that_cannot_be_removed_does_not_cost_the_new_one(
 class RankPolicy(StubPolicy):
     """One of two ranks; each writes a file of its own."""
 
-    def save(self, path: Path) -> list[Path]:
+    def save(self, path: Path, *, portable: bool) -> list[Path]:
         if self.fails:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
         file = path / f"rank_{dist.get_rank()}"

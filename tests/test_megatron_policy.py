@@ -155,7 +155,10 @@ def test_each_replica_trains_alike_on_its_share_of_the_batch(
 # ------------------------------------------------------------------ checkpoints
 
 
-@pytest.mark.parametrize(("ranks", "scenario"), [(1, "checkpoint"), (2, "checkpoint pp2"), (4, "checkpoint")])
+@pytest.mark.parametrize(
+    ("ranks", "scenario"),
+    [(1, "checkpoint"), (2, "checkpoint pp2"), (4, "checkpoint"), (2, "by rank tp2"), (4, "by rank dp4")],
+)
 def test_a_fresh_policy_continues_from_a_checkpoint_bit_for_bit(
     policy_runs: PolicyRuns, ranks: int, scenario: str
 ) -> None:
@@ -172,6 +175,30 @@ def test_a_checkpoint_loads_under_another_layout(policy_runs: PolicyRuns, saved_
     loaded, saved = policy_runs.get(4, scenario), policy_runs.get(saved_by, "checkpoint")
     assert equal(loaded["weights"], saved["saved"])
     assert distance(loaded["next"], saved["next"]) < 1e-5
+
+
+@pytest.mark.parametrize("replicas", [(2, "by rank tp2", "by rank on twice the replicas"), (4, "by rank dp4", "alone")])
+def test_what_lies_by_rank_loads_on_any_number_of_replicas(
+    policy_runs: PolicyRuns, replicas: tuple[int, str, str]
+) -> None:
+    ranks, saving, loading = replicas
+    saved = policy_runs.get(ranks, saving)
+    loaded = policy_runs.get(4, "load on one rank")["by rank"] if loading == "alone" else policy_runs.get(4, loading)
+    assert equal(loaded["weights"], saved["saved"])
+    assert distance(loaded["next"], saved["next"]) < 1e-5
+
+
+def test_what_lies_by_rank_is_refused_under_another_layout_with_the_one_that_it_is_of(policy_runs: PolicyRuns) -> None:
+    for rank in range(4):
+        said = policy_runs.get(4, "by rank under another layout", rank)
+        assert "parallel.tensor_model_parallel_size=2, parallel.pipeline_model_parallel_size=1" in said
+        assert "checkpoint.portable=always" in said
+
+
+def test_the_same_state_is_the_same_bytes(policy_runs: PolicyRuns) -> None:
+    for rank in range(2):
+        first, second = policy_runs.get(2, "saved twice", rank)
+        assert first == second
 
 
 def test_lost_moments_would_be_noticed(policy_runs: PolicyRuns) -> None:

@@ -126,7 +126,7 @@ class Stub:
         self.records.append({"step": step, **metrics})
         self.recorded_before_save.append((step, self.saved))
 
-    def save(self, path: Path) -> list[Path]:
+    def save(self, path: Path, *, portable: bool) -> list[Path]:
         if self.disk_full:
             raise OSError(28, "No space left on device", str(path))
         self.saved += 1
@@ -162,9 +162,9 @@ class StoppedInTheRollout(Stub):
     def state_dict(self) -> dict[str, Any]:
         return {"drawn": self.drawn}
 
-    def save(self, path: Path) -> list[Path]:
+    def save(self, path: Path, *, portable: bool) -> list[Path]:
         self.calls.append("save")
-        return super().save(path)
+        return super().save(path, portable=portable)
 
 
 def test_a_stop_in_the_rollout_saves_the_step_before_it_with_the_prompts_still_to_come(tmp_path: Path) -> None:

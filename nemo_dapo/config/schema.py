@@ -53,6 +53,11 @@ class Offload(Enum):
     never = "never"
 
 
+class Portable(Enum):
+    last = "last"
+    always = "always"
+
+
 class OnFailedSave(Enum):
     stop = "stop"
     go_on = "go_on"
@@ -258,6 +263,8 @@ class TrainerConfig:
 class CheckpointConfig:
     every: int = number(10, at_least=0)  # rollout steps; 0 = only at the end
     keep: int = number(2, at_least=0)  # newest ones; 0 = all
+    # which can be loaded under other tensor and pipeline parallel sizes: gathered on few ranks, in more time and memory
+    portable: Portable = Portable.last
     resume: Resume = Resume.auto  # go on from the run's newest checkpoint, or never
     on_signal: bool = False  # SIGTERM, SIGINT and SIGUSR1 save before they end the run
     on_failed_save: OnFailedSave = OnFailedSave.stop  # a full disk ends the run, or it goes on without that checkpoint

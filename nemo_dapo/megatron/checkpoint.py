@@ -1,4 +1,9 @@
-"""Sharded checkpoints of a policy by Megatron's dist_checkpointing: any layout can load what another one saved."""
+"""Sharded checkpoints of a policy by Megatron's dist_checkpointing, in one of two forms.
+
+Weights are laid out by parameter in both: any layout of ranks can load them. Optimizer states are, too, in a *portable*
+one; else each rank writes and reads its own share as it lies, without gathering and without host memory for more than that,
+and tensor and pipeline parallel sizes are part of the form.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +17,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedTensor,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -29,13 +43,14 @@ KEPT_BY_STEP = ("params", "step")  # of a param group: all else are options
 LONGEST_CAUSE = 300  # characters: Megatron lists every parameter where one is missing
 REMEDY = "restore it from a copy, or start anew with checkpoint.resume=never"
 
-# The optimizer's state is laid out by parameter, not by rank: tensor, pipeline and data parallel sizes may change.
-# Its gathering goes over gloo to one data-parallel rank's host memory: saving takes no GPU memory.
-METADATA = {
+# The gathering of a portable one goes over gloo to one data-parallel rank's host memory: saving takes no GPU memory.
+PORTABLE = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
 }
+BY_RANK = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
+LAYOUT = "nemo_dapo_layout"  # in the checkpoint's metadata: what the saving run was started with
 
 
 def keep_bucket_padding(model: list[Any]) -> None:
@@ -52,9 +67,11 @@ def keep_bucket_padding(model: list[Any]) -> None:
                 bucket.numel_unpadded = bucket.grad_data.numel()
 
 
-def _sharded_state(model: list[Any], optimizer: Any, scheduler: Any, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(
+    model: list[Any], optimizer: Any, scheduler: Any, form: dict[str, Any], *, is_loading: bool
+) -> dict[str, Any]:
     state: dict[str, Any] = {}
-    metadata = dict(METADATA)  # Megatron adds the process groups of the layout to it
+    metadata = dict(form)  # Megatron adds the process groups of the layout to it
     for i, chunk in enumerate(model):
         name = "model" if len(model) == 1 else f"model{i}"
         state[name] = unwrap_model(chunk).sharded_state_dict(prefix="", metadata=metadata)
@@ -111,14 +128,16 @@ def errors_of_rank_zero_kept() -> Iterator[None]:
         raise errors[0]
 
 
-def save(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> list[Path]:
+def save(path: Path, model: list[Any], optimizer: Any, scheduler: Any, *, portable: bool) -> list[Path]:
     """Write to the existing, empty directory `path`; collective. Returns the files that this rank wrote.
 
     Raises RuntimeError that names the cause, such as a full disk and how much is needed.
     """
     needed = 0
     try:
-        state = _sharded_state(model, optimizer, scheduler, is_loading=False)
+        form: dict[str, Any] = PORTABLE if portable else BY_RANK
+        state = _sharded_state(model, optimizer, scheduler, form, is_loading=False)
+        _zero_padding(state["optimizer"])
         for part in (state["optimizer"], *state["optimizer"].values()):
             # Data-parallel ranks that hold no state say so by None, of which Megatron warns at every save.
             if isinstance(part, dict) and part.get("param_state", part) is None:
@@ -126,7 +145,12 @@ def save(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> list[P
         needed = _bytes_of_all_ranks(state)
         collect_in_this_process()
         with errors_of_rank_zero_kept():
-            dist_checkpointing.save(state, str(path), content_metadata=dict(METADATA))
+            dist_checkpointing.save(
+                state,
+                str(path),
+                FullyParallelSaveStrategyWrapper(serialization.get_default_save_sharded_strategy(), _replicas()),
+                content_metadata=form | {LAYOUT: _layout()},
+            )
     except (CheckpointException, Exception) as error:
         disk = _cannot_write(path, needed)
         raise RuntimeError(f"{disk} ({_cause(error)})" if disk else _cause(error)) from error
@@ -143,9 +167,16 @@ def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> None:
     Raises RuntimeError that names the checkpoint and the cause.
     """
     try:
-        template = _sharded_state(model, optimizer, scheduler, is_loading=True)
         with nothing_is_unpickled():
-            state = dist_checkpointing.load(template, str(path))
+            form = dict(dist_checkpointing.load_content_metadata(str(path)) or PORTABLE)
+            if optimizer is not None:
+                _check_layout(form)
+            template = _sharded_state(model, optimizer, scheduler, form, is_loading=True)
+            reading = serialization.get_default_load_sharded_strategy(str(path))
+            # Gathered states are wanted whole by every rank: to pass them on takes half as much memory again.
+            if optimizer is None or not _is_portable(form):
+                reading = FullyParallelLoadStrategyWrapper(reading, _replicas())
+            state = dist_checkpointing.load(template, str(path), reading)
         for i, chunk in enumerate(model):
             weights = state["model" if len(model) == 1 else f"model{i}"]
             refuse_pickled_modules(weights)
@@ -154,6 +185,34 @@ def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> None:
             _load_optimizer(state, optimizer, scheduler)
     except (CheckpointException, Exception) as error:
         raise RuntimeError(f"cannot read the checkpoint {path}: {_cause(error)}; {REMEDY}") from error
+
+
+def _replicas() -> dist.ProcessGroup:
+    """The ranks that hold the same weights, and share the writing and reading of them."""
+    group: dist.ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+    }
+
+
+def _is_portable(form: dict[str, Any]) -> bool:
+    return bool(form["distrib_optim_sharding_type"] == PORTABLE["distrib_optim_sharding_type"])
+
+
+def _check_layout(form: dict[str, Any]) -> None:
+    """Raises ValueError where the optimizer's states lie in the shares of another layout."""
+    saved = form.get(LAYOUT, _layout())
+    if not _is_portable(form) and saved != _layout():
+        sizes = ", ".join(f"parallel.{name}={size}" for name, size in saved.items())
+        raise ValueError(
+            f"its optimizer states are those of {sizes}; go on under these, and have the next ones portable by "
+            "checkpoint.portable=always"
+        )
 
 
 def _load_optimizer(state: dict[str, Any], optimizer: Any, scheduler: Any) -> None:
@@ -165,6 +224,21 @@ def _load_optimizer(state: dict[str, Any], optimizer: Any, scheduler: Any) -> No
         group.update(own)
     scheduler.num_steps = int(state["scheduler"]["num_steps"])
     scheduler.step(increment=0)
+
+
+def _zero_padding(part: Any) -> None:
+    """Megatron writes the gaps between parameters as whatever lay in memory: the same state, other bytes."""
+    if isinstance(part, list):
+        for one in part:
+            _zero_padding(one)
+    elif isinstance(part, dict):
+        mark = part.get("padding")
+        is_padding = isinstance(mark, LocalNonpersistentObject) and mark.unwrap()
+        for one in part.values():
+            if is_padding and isinstance(one, ShardedTensor):
+                one.data.zero_()
+            else:
+                _zero_padding(one)
 
 
 def _bytes_of_all_ranks(state: dict[str, Any]) -> int:

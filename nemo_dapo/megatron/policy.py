@@ -326,18 +326,19 @@ class MegatronPolicy:
         self.memory.require(Stage.score, Stage.train, Stage.sync)
         weights.save_hf_model(self.exporter.export(), self.source, path)
 
-    def save(self, path: Path) -> list[Path]:
+    def save(self, path: Path, *, portable: bool = True) -> list[Path]:
         """Write weights, optimizer and schedule to the existing directory `path`, sharded; returns this rank's files.
 
-        In any stage: what is away from the device is read where it is.
+        A portable one can be loaded under any layout; else tensor and pipeline parallel sizes must be these, and it is
+        written and read faster, in less host memory. In any stage: what is away from the device is read where it is.
 
         Raises RuntimeError that names the cause.
         """
         with self.memory.readable():
-            return checkpoint.save(path, self.model, self.optimizer, self.scheduler)
+            return checkpoint.save(path, self.model, self.optimizer, self.scheduler, portable=portable)
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote, also under another tensor, pipeline or data parallel size.
+        """Read what `save` wrote, also under another data parallel size, or, where it is portable, any layout.
 
         Weights, moments and the number of steps are the checkpoint's, every option of the optimizer is this policy's. One
         that is not trainable reads the weights alone.
