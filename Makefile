@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-fast check container docs bench faults clean
+.PHONY: setup demo test test-fast check container docs bench faults matrix clean
 
 setup: $(VENV)/.complete
 
@@ -54,6 +54,9 @@ bench: setup
 
 faults: setup
 	$(BIN)/python benchmarks/rank_faults.py
+
+matrix: setup
+	$(BIN)/python benchmarks/parallelism.py --table docs/parallelism.md
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -31,7 +31,10 @@ class MicroBatch:
         targets   p1 r0 r1 0  0       [T] int64
         mask      0  1  1  0  0       [T] bool: targets[t] is a response token
         sequence  4  4  4  4  -1      [T] int64: position in the TrainBatch
-        cu_seqlens  0 4 5             [S + 1] int32
+        segment   0  0  0  0  1       [T] int64: position in the pack
+        starts    0  1  0  0  0       [T] bool: targets[t] is the first token of a response
+        cu_seqlens        0 4 5       [S + 1] int32
+        response_lengths  2 0         [S] int64
     """
 
     tokens: Tensor
@@ -39,11 +42,14 @@ class MicroBatch:
     targets: Tensor
     mask: Tensor
     sequence: Tensor
+    segment: Tensor
+    starts: Tensor
     advantages: Tensor
     rollout_logprobs: Tensor
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     cu_seqlens: Tensor
+    response_lengths: Tensor
     max_seqlen: int
     where: Tensor  # [T] int64: which token of the TrainBatch targets[t] is; -1 where the mask is 0
 
@@ -87,12 +93,12 @@ def costs(lengths: Sequence[int], hidden_size: int) -> list[float]:
 
 
 def plan_microbatches(
-    lengths: Sequence[int], *, max_tokens: int, hidden_size: int, data_parallel_size: int
+    lengths: Sequence[int], *, max_tokens: int, hidden_size: int, data_parallel_size: int, rounds_of: int = 1
 ) -> list[list[list[int]]]:
     """Share sequences out: plan[rank][i] lists the sequences of rank's i-th micro-batch; every rank has as many.
 
-    The longest sequence goes first, each into the cheapest bin (see `costs`) with room for it; there are as few bins as
-    that takes to put at most `max_tokens` into each. Raises ValueError when one sequence alone exceeds it.
+    The longest sequence goes first, each into the cheapest bin (see `costs`) with room for it; there are as few bins,
+    a multiple of `rounds_of` a rank, as that takes to put at most `max_tokens` into each. Raises ValueError when one sequence alone exceeds it.
     """
     if lengths and max(lengths) > max_tokens:
         raise ValueError(
@@ -100,9 +106,10 @@ def plan_microbatches(
             "least rollout.max_prompt_length + rollout.max_response_length"
         )
     cost = costs(lengths, hidden_size)
-    per_rank = max(1, -(-sum(lengths) // (max_tokens * data_parallel_size)))
+    needed = max(1, -(-sum(lengths) // (max_tokens * data_parallel_size)))
+    per_rank = needed + -needed % rounds_of
     while (bins := _longest_first(lengths, cost, per_rank * data_parallel_size, max_tokens)) is None:
-        per_rank += 1
+        per_rank += rounds_of
     # Dear and cheap bins alternate over the ranks, so that the ranks' totals are close too.
     bins.sort(key=lambda bin_: -sum(cost[i] for i in bin_))
     plan: list[list[list[int]]] = [[] for _ in range(data_parallel_size)]
@@ -113,7 +120,13 @@ def plan_microbatches(
 
 
 def plan_minibatches(
-    lengths: Tensor, minibatches: Sequence[Tensor], *, max_tokens: int, hidden_size: int, data_parallel_size: int
+    lengths: Tensor,
+    minibatches: Sequence[Tensor],
+    *,
+    max_tokens: int,
+    hidden_size: int,
+    data_parallel_size: int,
+    rounds_of: int = 1,
 ) -> list[list[list[int]]]:
     """The plans of several mini-batches one after another: what a rank scores before them is what it will train on."""
     plan: list[list[list[int]]] = [[] for _ in range(data_parallel_size)]
@@ -123,6 +136,7 @@ def plan_minibatches(
             max_tokens=max_tokens,
             hidden_size=hidden_size,
             data_parallel_size=data_parallel_size,
+            rounds_of=rounds_of,
         )
         positions = chosen.tolist()
         for mine, part in zip(plan, parts, strict=True):
@@ -159,6 +173,8 @@ def pack(
     sequences: Sequence[int],
     *,
     multiple_of: int = 1,
+    sequence_multiple: int = 1,
+    at_least: int = 0,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
 ) -> MicroBatch:
@@ -166,25 +182,29 @@ def pack(
 
     The tail is filled to a multiple of `multiple_of` tokens (sequence parallelism splits the pack evenly over the tensor-
     parallel ranks) by a sequence of its own, which no real token attends to. A micro-batch without sequences is all tail:
-    ranks must run the same number of micro-batches, and this one adds nothing to the loss.
+    ranks must run the same number of micro-batches, and this one adds nothing to the loss. Each sequence is filled up to a
+    multiple of `sequence_multiple` at its own end, which no real token attends to either (context parallelism cuts it). The
+    pack has `at_least` so many tokens.
     """
     assert batch.held is None or bool(batch.held[list(sequences)].all()), "the tokens are on another rank"
     ends = torch.cumsum(batch.held_lengths, 0)
-    spans = [torch.arange(int(ends[i] - batch.lengths[i]), int(ends[i])) for i in sequences]
-    lengths = [len(span) for span in spans]
+    real = [int(batch.lengths[i]) for i in sequences]
+    lengths = [n + -n % sequence_multiple for n in real]
     used = sum(lengths)
-    tail = -used % multiple_of if used else multiple_of
-    rows = torch.cat([*spans, torch.zeros(tail, dtype=torch.int64)])
-    is_tail = torch.arange(used + tail) >= used
+    total = max(used, at_least, 1)
+    tail = total + -total % multiple_of - used
+    boundaries = [*lengths, tail] if tail else lengths
+    offsets = [int(ends[i]) - n for i, n in zip(sequences, real, strict=True)]
+    of_sequence = torch.repeat_interleave(torch.arange(len(boundaries)), torch.tensor(boundaries))  # [T]
+    positions = torch.cat([torch.arange(n) for n in boundaries])
+    is_fill = positions >= torch.tensor([*real, 0])[of_sequence]
+    rows = torch.where(is_fill, 0, positions + torch.tensor([*offsets, 0])[of_sequence])
 
     # targets[t] is the next token of the same sequence; the last token of a sequence predicts nothing.
-    is_response = torch.cat(
-        [torch.arange(n) >= int(batch.prompt_lengths[i]) for n, i in zip(lengths, sequences, strict=True)]
-        + [torch.zeros(tail, dtype=torch.bool)]
-    )
+    prompts = torch.tensor([*(int(batch.prompt_lengths[i]) for i in sequences), 0])[of_sequence]
+    is_response = ~is_fill & (positions >= prompts)
     mask = torch.cat([is_response[1:], torch.zeros(1, dtype=torch.bool)])
-    last = torch.tensor(lengths, dtype=torch.int64).cumsum(0) - 1
-    mask[last] = False
+    mask[torch.tensor(boundaries, dtype=torch.int64).cumsum(0) - 1] = False
     where = torch.where(mask, torch.cat([rows[1:], rows[:1]]), -1)
 
     def gathered(values: Tensor, rows: Tensor) -> Tensor:
@@ -194,21 +214,21 @@ def pack(
     def of_targets(values: Tensor) -> Tensor:
         return torch.where(mask, gathered(values, where.clamp(min=0)), torch.zeros((), dtype=values.dtype))
 
-    sequence = torch.repeat_interleave(
-        torch.tensor([*sequences, -1], dtype=torch.int64), torch.tensor([*lengths, tail], dtype=torch.int64)
-    )
-    boundaries = [*lengths, tail] if tail else lengths
+    sequence = torch.tensor([*sequences, -1], dtype=torch.int64)[of_sequence]
     return MicroBatch(
-        tokens=torch.where(is_tail, 0, gathered(batch.tokens, rows)).long(),
-        positions=torch.cat([torch.arange(n) for n in boundaries]),
+        tokens=torch.where(is_fill, 0, gathered(batch.tokens, rows)).long(),
+        positions=positions,
         targets=of_targets(batch.tokens).long(),
         mask=mask,
         sequence=sequence,
+        segment=of_sequence,
+        starts=mask & (positions + 1 == prompts),
         advantages=torch.where(mask, batch.advantages[sequence.clamp(min=0)], 0.0),
         rollout_logprobs=of_targets(batch.rollout_logprobs),
         old_logprobs=None if old_logprobs is None else of_targets(old_logprobs),
         ref_logprobs=None if ref_logprobs is None else of_targets(ref_logprobs),
         cu_seqlens=torch.tensor([0, *boundaries], dtype=torch.int64).cumsum(0).to(torch.int32),
+        response_lengths=torch.zeros(len(boundaries), dtype=torch.int64).index_add(0, of_sequence, mask.long()),
         max_seqlen=max(boundaries),
         where=where,
     )

@@ -59,6 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_untied": {"family": "qwen3", "tied": False},
     "llama_tied": {"family": "llama", "tied": True},
     "llama_untied": {"family": "llama", "tied": False},
+    "qwen3_moe": {"family": "qwen3_moe", "tied": False},
     "llama_scaled": {"family": "llama", "tied": False, "rope_scaling": LLAMA3_ROPE},
 }
 UNEVEN = {"three_layers": {"family": "qwen3", "tied": True, "layers": 3}}  # which two pipeline stages share as 2 and 1
@@ -73,6 +74,10 @@ class Layout:
     pp: int = 1
     sp: bool = False
     overlap: bool = False  # gradients are reduced while others are still computed
+    cp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int | None = None
 
 
 OVERLAP = Layout(overlap=True)
@@ -129,7 +134,15 @@ class Job:
         from nemo_dapo.megatron import parallel
 
         config = ParallelConfig(
-            layout.tp, layout.pp, layout.sp, TIMEOUT_MINUTES, ddp={"overlap_grad_reduce": layout.overlap}
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+            sequence_parallel=layout.sp,
+            timeout_minutes=TIMEOUT_MINUTES,
+            ddp={"overlap_grad_reduce": layout.overlap},
         )
         if (parallel_state := sys.modules.get("megatron.core.parallel_state")) is not None:
             parallel_state.destroy_model_parallel()
@@ -180,11 +193,9 @@ def full_gradients(policy: Any) -> dict[str, Tensor]:
     After the reduce-scatter a data-parallel rank holds its own shard only, so the rest is zeroed and the shards summed;
     tensor and pipeline shards come together by exporting the gradient as if it were the weights.
     """
-    from megatron.core import parallel_state
-
-    group = parallel_state.get_data_parallel_group()
     for chunk in policy.model:
-        for buffer in chunk.buffers:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            group = buffer.data_parallel_group
             for bucket in buffer.buckets:
                 shards = bucket.grad_data.view(dist.get_world_size(group), -1)
                 mine = shards[dist.get_rank(group)].clone()

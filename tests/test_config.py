@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from nemo_dapo import config as schema
 from nemo_dapo import ending, entry
 from nemo_dapo.config import OverlongConfig, RunConfig, validate, validate_evaluation
 from nemo_dapo.config import checks as checks_between_options
+from nemo_dapo.config import layout as checks_of_layouts
 
 CONF = Path(__file__).parents[1] / "conf"
 MODEL = {
@@ -222,7 +224,7 @@ CONTRADICTIONS = {
     ),
     "Megatron's layout": (
         ["model.megatron.context_parallel_size=2"],
-        ["model.megatron.context_parallel_size=2", "set by the trainer", "process groups"],
+        ["model.megatron.context_parallel_size=2", "set by the trainer", "change parallel.context_parallel_size"],
     ),
     "Megatron's data type": (["model.megatron.bf16=true"], ["model.megatron.bf16=True", "change model.precision"]),
     "Megatron's learning rate": (["optimizer.megatron.lr=1"], ["optimizer.megatron.lr=1", "change optimizer.lr"]),
@@ -251,7 +253,19 @@ CONTRADICTIONS = {
     ),
     "no evaluation set": (["~data.eval.arithmetic"], ["evaluation.every=5", "data.eval is empty", "set it to 0"]),
     "no training set": (["~data.train.arithmetic"], ["data.train is empty", "data=gsm8k"]),
-    "layout": (["parallel=tp2pp2"], ["1 ranks", "2 * 2", "--nproc-per-node"]),
+    "layout": (["parallel=tp2pp2"], ["1 ranks", "2 * 2 * 1", "--nproc-per-node"]),
+    "virtual stages of none": (
+        ["parallel.virtual_pipeline_model_parallel_size=2"],
+        ["virtual_pipeline_model_parallel_size=2", "there is 1", "to 1"],
+    ),
+    "responses cut by context parallelism": (
+        ["algorithm=gspo", "parallel.context_parallel_size=2"],
+        ["algorithm.loss=gspo", "context_parallel_size=2", "set it to 1"],
+    ),
+    "experts of more ranks": (
+        ["parallel.expert_model_parallel_size=4"],
+        ["1 ranks", "expert_model_parallel_size * expert_tensor_parallel_size", "= 4"],
+    ),
     "sequence parallel": (["parallel.sequence_parallel=true"], ["sequence_parallel=true", "there is 1", "to false"]),
     "export over the model": (
         ["output_dir=runs/x", "model.path=runs/x/trained"],
@@ -279,9 +293,9 @@ def test_a_contradiction_is_told_with_value_expectation_and_remedy(case: str, co
 
 def test_no_check_between_options_is_without_a_test() -> None:
     """Each `yield` of a check is one complaint, provoked above or by the model's sizes below."""
-    checks = Path(checks_between_options.__file__).read_text()
+    checks = Path(checks_between_options.__file__).read_text() + Path(checks_of_layouts.__file__).read_text()
     complaints = len(re.findall(r"^ +yield (?!from)", checks, re.MULTILINE))
-    by_model_sizes = 1  # a size that does not divide
+    by_model_sizes = 6  # sizes that do not divide, experts
     no_yield_of_their_own = {
         "no model",  # of model_family.py
         "top k",
@@ -303,7 +317,7 @@ def test_all_contradictions_are_told_at_once(command: list[str]) -> None:
     assert "top_k=20" in message
 
 
-def rewrite(model: Path, **changes: int) -> None:
+def rewrite(model: Path, **changes: Any) -> None:
     (model / "config.json").write_text(json.dumps(MODEL | changes))
 
 
@@ -321,6 +335,36 @@ def test_a_model_that_the_layout_does_not_divide_is_refused(
 ) -> None:
     rewrite(model, **changes)
     message = complaint(*command, f"parallel={parallel}", world_size=2)
+    for part in parts:
+        assert part in message
+
+
+EXPERTS = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 6}
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "parts"),
+    [
+        ({}, ["expert_model_parallel_size=2"], ["expert_model_parallel_size=2", "the model has none", "to 1"]),
+        (EXPERTS, ["expert_model_parallel_size=4"], ["expert_model_parallel_size=4", "num_experts=6"]),
+        (
+            {"num_hidden_layers": 6},
+            ["pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2"],
+            ["virtual_pipeline_model_parallel_size=2", "4 equal parts", "num_hidden_layers=6"],
+        ),
+        (EXPERTS, ["tensor_model_parallel_size=2"], ["sequence_parallel=false", "set it to true"]),
+        (
+            EXPERTS,
+            ["tensor_model_parallel_size=2", "sequence_parallel=true", "expert_tensor_parallel_size=1"],
+            ["expert_tensor_parallel_size=1", "tensor_model_parallel_size=2", "set it to null"],
+        ),
+    ],
+)
+def test_a_layout_that_cannot_hold_the_models_parts_is_refused(
+    changes: dict[str, Any], arguments: list[str], parts: list[str], model: Path, command: list[str]
+) -> None:
+    rewrite(model, **changes)
+    message = complaint(*command, *(f"parallel.{argument}" for argument in arguments), world_size=4)
     for part in parts:
         assert part in message
 

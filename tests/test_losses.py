@@ -18,7 +18,7 @@ from mutation import mutant, noticed_by
 from nemo_dapo.batching import make_batch, pack
 from nemo_dapo.config import AlgorithmConfig, KLEstimator
 from nemo_dapo.config.checks import LOSSES as NAMES
-from nemo_dapo.losses import LOSSES, cispo, dr_grpo, gspo, load_loss_fn, terms
+from nemo_dapo.losses import LOSSES, cispo, dr_grpo, gspo, load_loss_fn
 from nemo_dapo.types import Group, Prompt, Sample, TrainBatch, Verdict
 
 OLD = [-1.0, -2.0, -0.5]  # log-probabilities of the three response tokens under the old policy
@@ -130,8 +130,8 @@ MUTANTS: dict[str, tuple[ModuleType, str, str]] = {
     "clip bounds swapped": (gspo, "clamp(1 - clip_low, 1 + clip_high)", "clamp(1 - clip_high, 1 + clip_low)"),
     "mask missing": (gspo, "torch.where(mask, logprobs - old_logprobs, 0.0)", "logprobs - old_logprobs"),
     "ratio inverted": (gspo, "mask, logprobs - old_logprobs,", "mask, old_logprobs - logprobs,"),
-    "padding counted": (gspo, "(lengths > 0).sum()", "(lengths >= 0).sum()"),
-    "tokens for responses": (gspo, "(lengths > 0).sum()", "lengths.sum()"),
+    "padding counted": (gspo, "micro.starts.sum()", "(micro.response_lengths >= 0).sum()"),
+    "tokens for responses": (gspo, "micro.starts.sum()", "micro.mask.sum()"),
     "penalties summed": (gspo, "entropy, micro, weights)", "entropy, micro)"),
     "clipped high blind": (gspo, "(advantages > 0) & (ratio > 1 + clip_high)", "(ratio > 1 + clip_low)"),
     "clipped low blind": (gspo, "(advantages < 0) & (ratio < 1 - clip_low)", "(ratio < 1 + clip_high)"),
@@ -153,8 +153,8 @@ MUTANTS: dict[str, tuple[ModuleType, str, str]] = {
     "cispo counts the wrong side": (cispo, "(ratio > 1 + clip_high)", "(ratio < 1 + clip_high)"),
     "cispo counts nothing below": (cispo, "(ratio < 1 - clip_low)", "(ratio < 0)"),
     "no constant": (dr_grpo, "config.loss_length * ", ""),
-    "its own lengths": (dr_grpo, "config.loss_length * (lengths > 0).sum()", "lengths.sum()"),
-    "dr_grpo counts the padding": (dr_grpo, "(lengths > 0)", "(lengths >= 0)"),
+    "its own lengths": (dr_grpo, "config.loss_length * micro.starts.sum()", "micro.mask.sum()"),
+    "dr_grpo counts the padding": (dr_grpo, "micro.starts.sum()", "(micro.response_lengths >= 0).sum()"),
 }
 
 
@@ -187,13 +187,6 @@ def test_every_check_catches_a_mutation() -> None:
 def test_the_names_in_the_options_are_the_losses_there_are() -> None:
     assert set(NAMES) == set(LOSSES)
     assert all(callable(load_loss_fn(AlgorithmConfig(loss=name, loss_length=1))) for name in NAMES)
-
-
-def test_segments_number_the_sequences_of_a_pack_its_padding_last() -> None:
-    batch = TrainBatch(torch.arange(5), torch.tensor([3, 2]), torch.tensor([1, 2]), torch.zeros(5), torch.zeros(2))
-    segment, lengths = terms.segments(pack(batch, [1, 0], multiple_of=3))
-    assert segment.tolist() == [0, 0, 1, 1, 1, 2]
-    assert lengths.tolist() == [0, 2, 0]
 
 
 def test_a_filtered_response_leaves_its_prompt_alone_and_the_rest_untouched() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,10 +84,29 @@ class TestParity:
         result = policy_runs.get(tensor_parallel, "parity")[name]
         config = AutoConfig.from_pretrained(policy_runs.folder / "models" / name)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        missing, unexpected = model.load_state_dict(result["weights"], strict=False)
+        missing, unexpected = model.load_state_dict(stacked(result["weights"]), strict=False)
         assert not unexpected
         assert missing == (["lm_head.weight"] if MODELS[name]["tied"] and missing else [])
         assert_matches(model, result["after"])
+
+
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def stacked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts as transformers 5 holds them, gate above up, all experts in one tensor; files name them one by one."""
+    experts: dict[str, dict[str, dict[int, Tensor]]] = {}
+    rest = {}
+    for name, weight in weights.items():
+        if match := EXPERT.fullmatch(name):
+            experts.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = weight
+        else:
+            rest[name] = weight
+    for where, parts in experts.items():
+        gate, up, down = ([parts[kind][i] for i in range(len(parts[kind]))] for kind in ("gate", "up", "down"))
+        rest[f"{where}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
+        rest[f"{where}.down_proj"] = torch.stack(down)
+    return rest
 
 
 def assert_matches(model: torch.nn.Module, scores: tuple[Tensor, Tensor]) -> None:

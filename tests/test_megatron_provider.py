@@ -122,7 +122,7 @@ def test_layers_that_do_not_divide_leave_the_last_stage_fewer(built: dict[str, A
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("reserved", ["model.megatron.expert_model_parallel_size=8", "process groups for tensor, pipeline"]),
+        ("reserved", ["model.megatron.expert_model_parallel_size=8", "change parallel.expert_model_parallel_size"]),
         ("unknown", ["model.megatron.recompute_granularty", "recompute_granularity"]),
         ("two bases", ["differ between layers", "another model"]),
         ("stretched", ["rope_type='linear'", "llama3"]),

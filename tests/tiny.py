@@ -7,11 +7,26 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from nemo_dapo.types import Sample
 
-FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+FAMILIES = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+}
+EXPERTS = {  # 4 experts, of which a token goes to 2
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -70,6 +85,7 @@ def save_tiny_model(
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
+        **EXPERTS.get(family, {}),
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # A fresh initialisation gives nearly uniform logits, which would hide errors: spread them.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_dapo.config import model_family, reserved
+from nemo_dapo.config.layout import check_layout
 from nemo_dapo.config.prompts import check_prompts, remark_on_prompts
 from nemo_dapo.config.ranges import out_of_range
 from nemo_dapo.config.schema import (
@@ -42,7 +43,8 @@ def validate(config: RunConfig, world_size: int) -> None:
             *_check_data(config),
             *check_prompts(config.data, config.reward),
             *_check_evaluation(config),
-            *_check_layout(config, model, world_size),
+            *check_layout(config, model, world_size),
+            *_check_model(config, model),
             *_check_passed_through(config),
             *unreadable,
         ]
@@ -248,31 +250,13 @@ def _check_passed_through(config: RunConfig) -> Iterator[str]:
         yield "rollout.vllm.hf_overrides sets head_dtype on one side alone; set model.fp32_logits=true for both"
 
 
-def _check_layout(config: RunConfig, model: dict[str, Any] | None, world_size: int) -> Iterator[str]:
-    p = config.parallel
-    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
-    if world_size % (tp * pp):
-        yield (
-            f"parallel: {world_size} ranks are no multiple of tensor_model_parallel_size * pipeline_model_parallel_size = "
-            f"{tp} * {pp}; start torchrun with --nproc-per-node (and --nnodes) to match, or change parallel="
-        )
-    if p.sequence_parallel and tp == 1:
-        yield "parallel.sequence_parallel=true splits tokens over tensor-parallel ranks, but there is 1; set it to false"
+def _check_model(config: RunConfig, model: dict[str, Any] | None) -> Iterator[str]:
     exported = Path(config.output_dir) / "trained"
     if config.checkpoint.export and Path(config.model.path).resolve() == exported.resolve():
         yield (
             f"model.path={config.model.path!r} is where this run writes its trained model; change output_dir (or name), "
             "or set checkpoint.export=false"
         )
-    if model is None:
-        return
-    yield from model_family.check_trainable(config.model.path, model)
-    yield from model_family.check_sizes(config.model.path, model)
-    yield from model_family.check_stages(model, pp, config.model.megatron)
-    for name, parts in (
-        ("num_attention_heads", tp),
-        ("num_key_value_heads", tp),
-        ("vocab_size", tp),
-    ):
-        if (model.get(name) or 0) % parts:
-            yield f"parallel.tensor_model_parallel_size={parts} does not divide the model's {name}={model[name]}"
+    if model is not None:
+        yield from model_family.check_trainable(config.model.path, model)
+        yield from model_family.check_sizes(config.model.path, model)

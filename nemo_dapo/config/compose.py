@@ -102,8 +102,9 @@ def _yaml(composed: DictConfig, asked: argparse.Namespace) -> str:
 
 def _help(config: Path) -> str:
     groups: dict[str, list[str]] = {}
-    for file in sorted(config.parent.glob("*/*.yaml")):
-        groups.setdefault(file.parent.name, []).append(file.stem)
+    for file in sorted(config.parent.glob("*/**/*.yaml")):
+        group, *name = file.relative_to(config.parent).with_suffix("").parts
+        groups.setdefault(group, []).append("/".join(name))
     lines = [
         "Options are key=value, such as algorithm.group_size=8; groups of them are chosen by group=name:",
         "",

@@ -30,6 +30,8 @@ STAGE_OPTIONS = frozenset(
 COUNTS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    "num_local_experts",  # what transformers 5 writes beside num_experts
 )
 CONSTANTS = ("rms_norm_eps", "rope_theta", "tie_word_embeddings", "initializer_range")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
@@ -39,6 +41,7 @@ METADATA = (
     *("output_hidden_states", "output_attentions", "id2label", "label2id", "problem_type", "task_specific_params"),
     *("_name_or_path", "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version", "is_llama_config"),
     "transformers.js_config",
+    "router_aux_loss_coef",  # of a loss that RL leaves out
     "attention_dropout",  # dropout is off here whatever the model says: the ratio compares two equal passes
 )
 FREE = frozenset((*COUNTS, *CONSTANTS, *TOKENS, *METADATA))
@@ -59,6 +62,19 @@ WINDOW_SIZES = frozenset({"sliding_window", "max_window_layers"})  # of a window
 FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", {"hidden_act": "silu", **NO_WINDOW}, WINDOW_SIZES),
     "qwen3": Family("Qwen3ForCausalLM", {"hidden_act": "silu", "attention_bias": False, **NO_WINDOW}, WINDOW_SIZES),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "output_router_logits": False,
+            **NO_WINDOW,
+        },
+        WINDOW_SIZES,
+    ),
     "llama": Family(
         "LlamaForCausalLM", {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
     ),

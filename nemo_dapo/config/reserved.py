@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-LAYOUTS = "nothing: the trainer has process groups for tensor, pipeline and data parallelism"
+LAYOUTS = "nothing: the trainer has no process groups for it"
 FP8 = "nothing: micro-batches are not padded to FP8's block sizes"
 WIRED = "nothing: the policy sets it for its schedule"
 CONFIG_JSON = "nothing: config.json in model.path has it"
@@ -25,9 +25,17 @@ MODEL = {
     "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
     "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
     "sequence_parallel": "parallel.sequence_parallel",
-    **dict.fromkeys(("virtual_pipeline_model_parallel_size", "context_parallel_size"), LAYOUTS),
+    **{
+        name: f"parallel.{name}"
+        for name in (
+            "virtual_pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+        )
+    },
+    **dict.fromkeys(("overlap_p2p_comm", "batch_p2p_comm"), "parallel.virtual_pipeline_model_parallel_size"),
     **dict.fromkeys(("hierarchical_context_parallel_sizes", "hybrid_context_parallel"), LAYOUTS),
-    **dict.fromkeys(("expert_model_parallel_size", "expert_tensor_parallel_size"), LAYOUTS),
     **dict.fromkeys(("bf16", "fp16", "params_dtype", "pipeline_dtype"), "model.precision"),
     **dict.fromkeys(("autocast_dtype", "enable_autocast"), "model.precision"),
     **dict.fromkeys(("fp8", "fp8_recipe", "fp8_param", "fp4", "fp4_recipe", "fp4_param"), FP8),

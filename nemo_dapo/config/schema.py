@@ -88,6 +88,12 @@ class ModelConfig:
 class ParallelConfig:
     tensor_model_parallel_size: int = number(1, at_least=1)  # ranks that share each layer
     pipeline_model_parallel_size: int = number(1, at_least=1)  # ranks that the layers are dealt to
+    # parts that each pipeline rank's layers are cut into, worked on in turn, which shortens the pipeline's idle time
+    virtual_pipeline_model_parallel_size: int = number(1, at_least=1)
+    context_parallel_size: int = number(1, at_least=1)  # ranks that the tokens of each sequence are dealt to
+    expert_model_parallel_size: int = number(1, at_least=1)  # ranks that a mixture's experts are dealt to
+    # ranks that share each expert; null = 1 where experts are dealt to ranks, else as many as share a layer
+    expert_tensor_parallel_size: int | None = number(None, at_least=1)
     sequence_parallel: bool = False  # splits the tokens of norms and dropout over the tensor-parallel ranks
     timeout_minutes: float = number(30.0, above=0, at_most=A_YEAR / 60)  # of one collective between trainer ranks
     # seconds without a sign of life of a rank, whatever it is at, after which the run ends and names it; 0 = never

@@ -14,7 +14,6 @@ from nemo_dapo.batching import MicroBatch
 from nemo_dapo.config import AlgorithmConfig
 from nemo_dapo.interfaces import LossFn
 from nemo_dapo.losses import dapo
-from nemo_dapo.losses.terms import segments
 
 
 def make_loss_fn(config: AlgorithmConfig) -> LossFn:
@@ -23,7 +22,6 @@ def make_loss_fn(config: AlgorithmConfig) -> LossFn:
 
     def loss_fn(logprobs: Tensor, entropy: Tensor | None, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, sums = token_loss(logprobs, entropy, micro)
-        _, lengths = segments(micro)
-        return loss, sums | {"denominator": config.loss_length * (lengths > 0).sum()}
+        return loss, sums | {"denominator": config.loss_length * micro.starts.sum()}
 
     return loss_fn

@@ -14,7 +14,7 @@ from nemo_dapo import algorithm
 from nemo_dapo.batching import MicroBatch
 from nemo_dapo.config import AlgorithmConfig
 from nemo_dapo.interfaces import LossFn
-from nemo_dapo.losses.terms import old_policy, segments, with_penalties
+from nemo_dapo.losses.terms import old_policy, with_penalties
 
 
 def gspo_loss(
@@ -52,19 +52,18 @@ def make_loss_fn(config: AlgorithmConfig) -> LossFn:
     """GSPO, plus, where their coefficients are not 0, each response's mean KL term and entropy bonus."""
 
     def loss_fn(logprobs: Tensor, entropy: Tensor | None, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        segment, lengths = segments(micro)
         loss, sums = gspo_loss(
             logprobs,
             old_policy(logprobs, micro),
             micro.advantages,
             micro.mask,
-            segment,
-            lengths,
+            micro.segment,
+            micro.response_lengths,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
         )
-        weights = 1.0 / lengths.clamp(min=1)[segment]
+        weights = 1.0 / micro.response_lengths.clamp(min=1)[micro.segment]
         loss, sums = with_penalties(config, loss, sums, logprobs, entropy, micro, weights)
-        return loss, sums | {"denominator": (lengths > 0).sum()}
+        return loss, sums | {"denominator": micro.starts.sum()}
 
     return loss_fn

@@ -1,4 +1,4 @@
-"""What the losses share: the old policy, importance weights, the KL term, the entropy bonus, each response's length."""
+"""What the losses share: the old policy, importance weights, the KL term, the entropy bonus."""
 
 from __future__ import annotations
 
@@ -55,10 +55,3 @@ def with_penalties(
         sums["kl"] = kl.detach().sum()
         loss = loss + config.kl_coeff * (weight * kl).sum()
     return loss, sums
-
-
-def segments(micro: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Which sequence of the pack each token belongs to, [T] int64, and each one's number of response tokens, [S] int64."""
-    segment = (micro.positions == 0).cumsum(0) - 1
-    counts = torch.zeros(micro.cu_seqlens.numel() - 1, dtype=torch.int64, device=segment.device)
-    return segment, counts.index_add(0, segment, micro.mask.long())

@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
@@ -20,12 +22,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nemo_dapo.megatron.context_parallel import context_slice, gather_pack
+
 
 class PackedSDPA(MegatronModule):
     """Causal self-attention inside each sequence of a pack, by torch's scaled_dot_product_attention.
 
     Megatron-core's local DotProductAttention takes no packed sequences and builds all [h, T, T] scores. Here the pack is
-    laid out as [S, h, L, d]: right padding needs no mask under causal attention, because no real query sees it.
+    laid out as [S, h, L, d]: right padding needs no mask under causal attention, because no real query sees it. Under
+    context parallelism each rank has its queries and gathers all keys and values, which is plain and exact, not fast.
     """
 
     def __init__(
@@ -41,11 +46,10 @@ class PackedSDPA(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        if config.context_parallel_size != 1 or dropout != 0.0 or attn_mask_type != AttnMaskType.causal:
+        if dropout != 0.0 or attn_mask_type != AttnMaskType.causal:
             raise ValueError(
-                f"attention without Transformer Engine got context_parallel_size={config.context_parallel_size}, "
-                f"attention_dropout={dropout}, attn_mask_type={attn_mask_type}; it computes causal attention without "
-                "dropout or context parallelism. Install Transformer Engine, or set them to 1, 0 and causal."
+                f"attention without Transformer Engine got attention_dropout={dropout}, attn_mask_type={attn_mask_type}; "
+                "it computes causal attention without dropout. Install Transformer Engine, or set them to 0 and causal."
             )
         self.softmax_scale = softmax_scale
 
@@ -60,12 +64,27 @@ class PackedSDPA(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **unused: Any,
     ) -> Tensor:
-        """Attend; returns [T, h * d]. Sequence s is rows cu_seqlens[s] to cu_seqlens[s + 1] of query, key and value."""
+        """Attend; returns [T, h * d]. Sequence s of the pack is its rows cu_seqlens[s] to cu_seqlens[s + 1].
+
+        Under context parallelism query, key and value hold this rank's slice, and cu_seqlens speaks of the whole.
+        """
         assert packed_seq_params is not None, "the policy packs every micro-batch"
-        rows, is_token = _padded_layout(packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q)
-        q, k, v = (x[rows].transpose(1, 2) for x in (query, key, value))  # [S, h or k, L, d]
+        cu_seqlens, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
+        rows, is_token = _padded_layout(cu_seqlens, longest)
+        query_rows, mask = rows, None
+        if self.config.context_parallel_size > 1:
+            group = parallel_state.get_context_parallel_group()
+            size = dist.get_world_size(group)
+            key, value = (gather_pack(x, cu_seqlens, group) for x in (key, value))
+            query_rows, is_token = _padded_layout(cu_seqlens // size, longest // size)
+            mine = context_slice(cu_seqlens, size, dist.get_rank(group))
+            positions = mine[query_rows] - cu_seqlens[:-1].unsqueeze(1)  # [S, L / cp], in their sequences
+            mask = (torch.arange(longest, device=positions.device) <= positions.unsqueeze(-1)).unsqueeze(1)
+        q, k, v = (
+            x[r].transpose(1, 2) for x, r in ((query, query_rows), (key, rows), (value, rows))
+        )  # [S, h or k, L, d]
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1)
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1)
         )
         return out.transpose(1, 2)[is_token].reshape(query.size(0), -1)
 

@@ -45,6 +45,7 @@ def install() -> None:
     _redirect_tensor_methods()
     _redirect_megatron_rng()
     _make_gloo_scatter_contiguous()
+    _make_all_to_all_take_counts()
 
 
 def _redirect_factories() -> None:
@@ -147,6 +148,23 @@ def _make_gloo_scatter_contiguous() -> None:
         return scatter(tensor, scatter_list, *args, **kwargs)
 
     torch.distributed.scatter = scatter_contiguous
+
+
+def _make_all_to_all_take_counts() -> None:
+    """Megatron makes numbers of the counts of tokens when it copies them off a GPU, which never happens here."""
+    all_to_all = torch.distributed.all_to_all_single
+
+    @functools.wraps(all_to_all)
+    def all_to_all_single(output: Any, input: Any, *sizes: Any, **options: Any) -> Any:
+        return all_to_all(
+            output, input, *(_numbers(size) for size in sizes), **{k: _numbers(size) for k, size in options.items()}
+        )
+
+    torch.distributed.all_to_all_single = all_to_all_single
+
+
+def _numbers(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 class _StandInLoader(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -33,10 +33,27 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_stages(config),
+        context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_size(config),
         distributed_timeout_minutes=max(1, int(config.timeout_minutes)),
         create_gloo_process_groups=True,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def virtual_stages(config: ParallelConfig) -> int | None:
+    """Megatron's virtual_pipeline_model_parallel_size, which is None where stages are whole."""
+    size = config.virtual_pipeline_model_parallel_size
+    return size if size > 1 else None
+
+
+def expert_tensor_size(config: ParallelConfig) -> int:
+    """Ranks that share each expert, by their number or by the rule for null."""
+    if config.expert_tensor_parallel_size is not None:
+        return config.expert_tensor_parallel_size
+    return 1 if config.expert_model_parallel_size > 1 else config.tensor_model_parallel_size
 
 
 def shut_down() -> None:
@@ -71,9 +88,10 @@ def _default_to_one_process() -> None:
 
 
 def _check_world(config: ParallelConfig, world_size: int) -> None:
-    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    if world_size % (tp * pp):
+    tp, pp, cp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size, config.context_parallel_size
+    if world_size % (replica := tp * pp * cp):
         raise ValueError(
-            f"{world_size} ranks cannot hold tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} = "
-            f"{tp * pp}; start a multiple of {tp * pp} ranks (torchrun --nproc-per-node), or lower parallel.*"
+            f"{world_size} ranks cannot hold tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} x "
+            f"context_parallel_size={cp} = {replica}; start a multiple of {replica} ranks (torchrun --nproc-per-node), or "
+            "lower parallel.*"
         )

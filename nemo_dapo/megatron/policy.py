@@ -32,6 +32,7 @@ from nemo_dapo.config import ModelConfig, OptimizerConfig, ParallelConfig, Preci
 from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
 from nemo_dapo.ledger import ServerMemory
 from nemo_dapo.megatron import checkpoint, weights
+from nemo_dapo.megatron.context_parallel import slice_microbatch
 from nemo_dapo.megatron.head import ScoringHead
 from nemo_dapo.megatron.memory import PolicyMemory
 from nemo_dapo.megatron.optimizer import ddp_config, make_optimizer
@@ -162,18 +163,29 @@ class MegatronPolicy:
             max_tokens=self.max_tokens,
             hidden_size=self.provider.hidden_size,
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            # The interleaved schedule works in rounds of as many micro-batches as there are stages.
+            rounds_of=parallel_state.get_pipeline_model_parallel_world_size() if len(self.model) > 1 else 1,
         )
 
     def _microbatches(
         self, batch: TrainBatch, minibatches: Sequence[Tensor] | None = None, **logprobs: Tensor | None
     ) -> list[MicroBatch]:
-        """This replica's packed share of `batch`; without `minibatches` it is one."""
-        tp = parallel_state.get_tensor_model_parallel_world_size()
-        multiple_of = tp if self.provider.sequence_parallel else 1
+        """This rank's part of its replica's packed share of `batch`; without `minibatches` that is one."""
+        cp, cp_rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+        chunks = 2 * cp if cp > 1 else 1
+        multiple_of = chunks * (self.provider.tensor_model_parallel_size if self.provider.sequence_parallel else 1)
         if torch.cuda.is_available():
             multiple_of = math.lcm(multiple_of, TOKENS_ALIKE)
         mine = self._plan(batch.lengths, minibatches)[self.replica]
-        return [pack(batch, sequences, multiple_of=multiple_of, **logprobs) for sequences in mine]
+        filled = batch.lengths + -batch.lengths % chunks
+        # The interleaved schedule of two stages mixes up the shapes that it sends to the next stage and to the one before,
+        # which are the same rank: there all packs are equally long.
+        at_least = max(int(filled[s].sum()) for s in mine) if len(self.model) > 1 else 0
+        packed: Any = functools.partial(
+            pack, batch, multiple_of=multiple_of, sequence_multiple=chunks, at_least=at_least
+        )
+        packs = (packed(sequences, **logprobs) for sequences in mine)
+        return [slice_microbatch(micro, cp, cp_rank) for micro in packs]
 
     def _run(self, model: list[Any], forward_step: Any, microbatches: list[MicroBatch], *, train: bool) -> list[Any]:
         iterators = [iter(microbatches) for _ in model]
@@ -211,7 +223,8 @@ class MegatronPolicy:
         total = torch.zeros(batch.tokens.numel(), dtype=torch.float32)
         if self._reports():
             total = scatter_logprobs(microbatches, scored, total.numel())
-        return _all_reduce(total, parallel_state.get_model_parallel_group())
+        total = _all_reduce(total, parallel_state.get_model_parallel_group())
+        return _all_reduce(total, parallel_state.get_context_parallel_group())
 
     # ---------------------------------------------------------------- update
 
@@ -308,7 +321,7 @@ class MegatronPolicy:
         return ranks, sorted(set(itertools.chain.from_iterable(found for _, found in everyone)))
 
     def _reports(self) -> bool:
-        """Whether this rank speaks for its data-parallel replica: one tensor-parallel rank of the last stage does."""
+        """Whether this rank speaks for its part of a replica's tokens: one tensor-parallel rank of the last stage does."""
         return (
             parallel_state.is_pipeline_last_stage(ignore_virtual=True)
             and parallel_state.get_tensor_model_parallel_rank() == 0

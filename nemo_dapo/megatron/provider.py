@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from nemo_dapo.config import ModelConfig, ParallelConfig, Precision, reserved
 from nemo_dapo.config.model_family import LLAMA3_ROPE, STAGE_OPTIONS, layers_in_last_stage
+from nemo_dapo.megatron.parallel import expert_tensor_size, virtual_stages
 
 log = logging.getLogger(__name__)
 
@@ -89,11 +90,18 @@ def numerics(precision: Precision) -> dict[str, Any]:
 
 
 def layout(num_layers: int, parallel: ParallelConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensor and pipeline parallelism; where layers do not divide, the last stage, which has the head, gets fewer."""
+    """Every kind of parallelism; where layers do not divide, the last stage, which has the head, gets fewer."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     settings: dict[str, Any] = {
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": virtual_stages(parallel),
+        # Of two interleaved stages each is the other's next and previous: a batch of messages would mix the two up.
+        "overlap_p2p_comm": virtual_stages(parallel) is not None,
+        "batch_p2p_comm": virtual_stages(parallel) is None,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": expert_tensor_size(parallel),
         "sequence_parallel": parallel.sequence_parallel and tp > 1,
     }
     if num_layers % pp and not asked.keys() & STAGE_OPTIONS:

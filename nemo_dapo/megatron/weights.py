@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_dapo.hf_folder import write_model
+from nemo_dapo.megatron import repairs
 
 # Modules of Megatron-core that look for Transformer Engine when they are imported (see cpu.transformer_engine_stand_in).
 LOOK_FOR_TRANSFORMER_ENGINE = (
@@ -43,11 +44,15 @@ def _import_bridge() -> Any:
     from nemo_dapo.megatron import cpu
 
     if importlib.util.find_spec("transformer_engine") is not None:
-        return importlib.import_module("megatron.bridge")
+        bridge = importlib.import_module("megatron.bridge")
+        repairs.complete()
+        return bridge
     for name in LOOK_FOR_TRANSFORMER_ENGINE:
         importlib.import_module(name)
     with cpu.transformer_engine_stand_in():
-        return importlib.import_module("megatron.bridge")
+        bridge = importlib.import_module("megatron.bridge")
+    repairs.complete()
+    return bridge
 
 
 class Exporter:
