@@ -97,8 +97,9 @@ def plan_microbatches(
 ) -> list[list[list[int]]]:
     """Share sequences out: plan[rank][i] lists the sequences of rank's i-th micro-batch; every rank has as many.
 
-    The longest sequence goes first, each into the cheapest bin (see `costs`) with room for it; there are as few bins,
-    a multiple of `rounds_of` a rank, as that takes to put at most `max_tokens` into each. Raises ValueError when one sequence alone exceeds it.
+    The longest sequence goes first, each into the cheapest bin (see `costs`) with room for it; there are as few bins, a
+    multiple of `rounds_of` a rank, as that takes to put at most `max_tokens` into each. Raises ValueError when one sequence
+    alone exceeds it.
     """
     if lengths and max(lengths) > max_tokens:
         raise ValueError(

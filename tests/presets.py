@@ -157,17 +157,22 @@ def memory(shard: Shard, p: ParallelConfig, ranks: int) -> dict[str, float]:
 def of_all_ranks(preset: str, folder: Path) -> dict[str, Any]:
     """What a preset comes to: the model's parameters by its shards, and the fullest rank's memory by kind."""
     run, ranks = compose_preset(preset, folder), world_size(preset)
-    schema.validate(run, ranks)
     found = dict(itertools.islice(shards(run, ranks), ranks))
     fullest = max((memory(shard, run.parallel, ranks) for shard in found.values()), key=lambda m: sum(m.values()))
-    return {"preset": preset, "shards": len(found), "parameters": whole_model(found), "memory": fullest}
+    return {
+        "preset": preset,
+        "shards": len(found),
+        "parameters": whole_model(found),
+        "published": parameters_of_transformers(run.model.path),
+        "memory": fullest,
+    }
 
 
-def parameters_of_transformers(preset: str, folder: Path) -> int:
+def parameters_of_transformers(path: str) -> int:
     """Of the model as transformers builds it, without memory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(compose_preset(preset, folder).model.path)
+    config = AutoConfig.from_pretrained(path)
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
