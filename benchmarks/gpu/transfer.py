@@ -1,11 +1,13 @@
-"""Weights to another process on the same GPU by CUDA IPC: two buffers shared once, filled and emptied in turn.
+"""Weights to another process on the same GPU by CUDA IPC: both ends are the product's, of `nemo_dapo/rollout/weights/`.
 
-What the carrier of `nemo_dapo/rollout/weights/` rests on, without vLLM: a handle made here, opened there from plain
-text, and released. On a CPU the buffers are shared host memory, by the same calls of torch's storages.
+Here they are packed into two device buffers in turn; there `Incoming` opens each once, copies, checks every tensor's
+checksum and the table's digest, as in a server's worker. No vLLM: pieces are announced over a pipe, not over HTTP. On a CPU
+the buffers are shared host memory.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -19,74 +21,102 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.line import GIB, Line, synchronize
+from nemo_dapo.hf_folder import ExpectedWeights
+from nemo_dapo.rollout.weights.checklist import Checklist
+from nemo_dapo.rollout.weights.cuda_ipc import Handle, open_handle, share
+from nemo_dapo.rollout.weights.incoming import Incoming
+from nemo_dapo.rollout.weights.pack import pack
+from nemo_dapo.rollout.weights.servers import piece_info
+from nemo_dapo.rollout.weights.table import Table
 
 ROOT = Path(__file__).parents[2]
 BUFFER = {"cpu": 1 << 20, "cuda": 1 << 30}  # bytes
-PIECES = {"cpu": 4, "cuda": 16}
+TENSORS, ELEMENTS = {"cpu": 5, "cuda": 24}, {"cpu": 300_001, "cuda": 180_000_001}  # some lie in two pieces
+PIECE_SECONDS = 60.0
 
 
 def measure(device: str) -> Iterator[Line]:
-    size = BUFFER[device]
-    buffers = [shareable(size, device) for _ in range(2)]
-    generator = torch.Generator(device).manual_seed(2)
-    source = torch.randint(0, 255, (PIECES[device], size // 8), device=device, generator=generator)
-    expected = [checksum(piece) for piece in source]
+    weights = {f"layer.{i}": random_weight(i, device) for i in range(TENSORS[device])}
+    size = sum(weight.nbytes for weight in weights.values())
     with Receiver(device) as receiver:
+        sender = Sender(receiver, device)
         started = time.perf_counter()
-        receiver.ask({"open": [handle(buffer) for buffer in buffers]})
-        yield Line("handles made and opened", 1e3 * (time.perf_counter() - started), "ms")
+        answer = sender.send(weights, version=1)
+        first = time.perf_counter() - started
+        yield Line("tensors that arrived whole", answer["tensors"] / len(weights), "", least=1.0)
         started = time.perf_counter()
-        waiting = 0
-        for index, piece in enumerate(source):
-            if waiting == len(buffers):  # the oldest buffer must have been read before it is filled anew
-                receiver.answer()
-                waiting -= 1
-            buffers[index % 2].view(torch.int64).copy_(piece)
-            synchronize(device)
-            receiver.say({"take": index % 2})
-            waiting += 1
-        for _ in range(waiting):
-            receiver.answer()
+        sender.send(weights, version=2)
         took = time.perf_counter() - started
-        found = receiver.ask({"checksums": True})
-        receiver.ask({"close": True})
-    right = sum(mine == theirs for mine, theirs in zip(expected, found, strict=True))
-    yield Line("pieces that arrived whole", right / len(expected), "", least=1.0)
-    yield Line("sent", PIECES[device] * size / GIB, "GiB")
-    yield Line("rate", PIECES[device] * size / took / 1e9, "GB/s", least=20 if device == "cuda" else None)
-    source[0, 0] += 1
-    yield Line("a changed bit changes the checksum", float(checksum(source[0]) != expected[0]), "", least=1.0)
+        yield Line("sent", size / GIB, "GiB")
+        yield Line("first time", first, "s")
+        # With checksums on both sides, which read the bytes once more each.
+        yield Line("rate after that", size / took / 1e9, "GB/s", least=20 if device == "cuda" else None)
+        refused = sender.send(weights, version=3, flips_a_bit=True).get("refused", "")
+        yield Line("a flipped bit is refused", float("has other bytes than were sent" in refused), "", least=1.0)
+
+
+def random_weight(seed: int, device: str) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(ELEMENTS[device], device=device, dtype=torch.bfloat16, generator=generator)
+
+
+class Sender:
+    """Two buffers and their handles, shared once."""
+
+    def __init__(self, receiver: Receiver, device: str) -> None:
+        self.receiver, self.device = receiver, device
+        self.buffers = [shareable(BUFFER[device], device) for _ in range(2)]
+        make = share if device == "cuda" else share_on_host
+        self.handles = [make(buffer).as_json() for buffer in self.buffers]
+        self.turn = self.waiting = 0
+
+    def send(self, weights: dict[str, Tensor], version: int, *, flips_a_bit: bool = False) -> dict[str, Any]:
+        """What the receiver says of the whole version."""
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        checklist = Checklist(ExpectedWeights(shapes, dtypes=dict.fromkeys(shapes, "bfloat16")), "bfloat16")
+        entries = []
+        for piece in pack(weights.items(), checklist, self.free_buffer):
+            if flips_a_bit and not entries:
+                piece.data[7] ^= 1
+            entries += piece.entries
+            synchronize(self.device)
+            info = {**piece_info(version, piece, PIECE_SECONDS), "handle": self.handles[self.turn]}
+            self.receiver.say({"version": version, "piece": info})
+            self.waiting += 1
+        while self.waiting:
+            self.answered()
+        return self.receiver.ask({"version": version, "digest": Table(version, tuple(entries)).digest})
+
+    def free_buffer(self) -> Tensor:
+        """The one that is not being read; waits for it."""
+        while self.waiting == len(self.buffers):
+            self.answered()
+        self.turn = 1 - self.turn
+        return self.buffers[self.turn]
+
+    def answered(self) -> None:
+        self.receiver.answer()
+        self.waiting -= 1
 
 
 def shareable(size: int, device: str) -> Tensor:
-    """[size] uint8; on a GPU of memory that is its own (not expandable segments, whose handles containers refuse)."""
-    if device == "cpu":
-        storage = torch.UntypedStorage._new_using_filename_cpu(size)
-        return torch.empty(0, dtype=torch.uint8).set_(storage)
-    return torch.empty(size, dtype=torch.uint8, device=device)
+    """[size] uint8."""
+    if device == "cuda":
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    storage = torch.UntypedStorage._new_using_filename_cpu(size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
-def handle(buffer: Tensor) -> list[Any]:
-    """What another process needs to open it, as JSON takes it: bytes as hexadecimal text."""
-    storage = buffer.untyped_storage()
-    parts = storage._share_filename_cpu_() if buffer.device.type == "cpu" else storage._share_cuda_()
-    return [part.hex() if isinstance(part, bytes) else part for part in parts]
+def share_on_host(buffer: Tensor) -> Handle:
+    """As `cuda_ipc.share`, of shared host memory: its manager and its name stand where a GPU's handles do."""
+    manager, name, size = buffer.untyped_storage()._share_filename_cpu_()
+    return Handle(base64.b64encode(name).decode(), size, 0, base64.b64encode(manager).decode(), 0, "", False)
 
 
-def opened(parts: list[Any], device: str) -> Tensor:
-    numbers = [bytes.fromhex(part) if isinstance(part, str) else part for part in parts]
-    if device == "cpu":
-        storage = torch.UntypedStorage._new_shared_filename_cpu(*numbers)
-        return torch.empty(0, dtype=torch.uint8).set_(storage)
-    torch.cuda.init()
-    storage = torch.UntypedStorage._new_shared_cuda(*numbers)
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
-
-
-def checksum(words: Tensor) -> int:
-    """Of int64 words, modulo 2^64; odd weights name each one's place, so that an exchange shows as well."""
-    places = torch.arange(len(words), device=words.device, dtype=torch.int64)
-    return int((words * (2 * places + 1)).sum())
+def open_on_host(handle: Handle, device: int) -> Tensor:
+    manager, name = base64.b64decode(handle.ref_counter), base64.b64decode(handle.memory)
+    storage = torch.UntypedStorage._new_shared_filename_cpu(manager, name, handle.size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 class Receiver:
@@ -101,16 +131,16 @@ class Receiver:
         self.process.stdin.write(json.dumps(message) + "\n")
         self.process.stdin.flush()
 
-    def answer(self) -> Any:
+    def answer(self) -> dict[str, Any]:
         assert self.process.stdout
         return json.loads(self.process.stdout.readline())
 
-    def ask(self, message: dict[str, Any]) -> Any:
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         self.say(message)
         return self.answer()
 
     def __enter__(self) -> Receiver:
-        self.ask({"checksums": True})  # it has imported torch
+        self.ask({})  # it has imported torch
         return self
 
     def __exit__(
@@ -122,22 +152,23 @@ class Receiver:
 
 
 def receive(device: str) -> None:
-    """In the receiver: opens the buffers once, then copies and sums up each piece before it says so."""
-    buffers: list[Tensor] = []
-    found: list[int] = []
+    """In the receiver: an answer a message."""
+    incoming = Incoming(torch.device(device, 0), 0, open_buffer=open_handle if device == "cuda" else open_on_host)
+    tensors, refused = 0, ""
     for text in sys.stdin:
         said = json.loads(text)
-        answer: Any = None
-        if "open" in said:
-            buffers = [opened(parts, device) for parts in said["open"]]
-        elif "take" in said:
-            own = buffers[said["take"]].clone().view(torch.int64)
-            found.append(checksum(own))  # waits for the copy
-        elif "checksums" in said:
-            answer = found
-        else:
-            buffers.clear()
-        print(json.dumps(answer), flush=True)
+        try:
+            if "piece" in said and not refused:
+                tensors += sum(1 for _ in incoming.receive(said["version"], said["piece"]))
+            elif "digest" in said and not refused:
+                incoming.finish(said["version"], said["digest"])
+        except ValueError as problem:
+            refused = str(problem)
+        synchronize(device)  # the buffer is the sender's again
+        print(json.dumps({"tensors": tensors} | ({"refused": refused} if refused else {})), flush=True)
+        if "digest" in said:
+            tensors, refused = 0, ""
+            incoming.begin()
 
 
 if __name__ == "__main__":
