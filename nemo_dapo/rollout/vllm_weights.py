@@ -7,7 +7,6 @@ ones own the model and the whole update.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,17 +57,23 @@ class NodeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
 
-    @functools.cached_property
+    _incoming: Incoming | None = None  # of a server whose weights come to its devices; not with vLLM 0.20
+
+    @property
     def incoming(self) -> Incoming:
-        parallel = self.parallel_config
-        return Incoming(self.device, parallel.data_parallel_index * parallel.world_size + parallel.rank)
+        if self._incoming is None:
+            parallel = self.parallel_config
+            worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
+            self._incoming = Incoming(self.device, worker)
+        return self._incoming
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         if init_info.group:
             self.incoming.join(init_info.group)
 
     def shutdown(self) -> None:
-        self.incoming.leave()
+        if self._incoming is not None:
+            self._incoming.leave()
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
@@ -81,7 +86,8 @@ class NodeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._parameters = {name for name, _ in self.model.named_parameters()}
         self._loaded: set[str] | None = set()
         self._folder: tuple[Path, str] | None = None
-        self.incoming.begin()
+        if self._incoming is not None:
+            self._incoming.begin()
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:

@@ -54,7 +54,9 @@ class Incoming:
             self._group = None
 
     def begin(self) -> None:
+        """Forget an update that did not come to its end."""
         self._assembler = None
+        self._opened.clear()
 
     def receive(self, version: int, piece: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """The tensors that are whole with this piece; none where its broadcast was broken off, which then comes again.

@@ -79,6 +79,7 @@ class Receiver(ThreadingHTTPServer):
             view = self.writer.room(offset, length)
             if handler.rfile.readinto(view) != length:
                 raise ConnectionError("the sender broke off")
+            handler.unread = 0
             if checksum(np.frombuffer(view, np.uint8)) != expected:
                 raise RefusedError(
                     HTTPStatus.UNPROCESSABLE_ENTITY, f"bytes {offset} to {offset + length} changed on the way"
@@ -114,6 +115,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = SILENCE_SECONDS
     rbufsize = 1 << 16
     server: Receiver
+    unread = 0  # bytes of the request's body
 
     def parse_request(self) -> bool:
         if not super().parse_request():
@@ -129,8 +131,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._take()
         except RefusedError as refused:
+            self._skip_body()
             self._say(refused.status, refused.why)
         except OSError as problem:  # of the disk, or of the connection, which then does not hear of it
+            self._skip_body()
             self._say(HTTPStatus.INSUFFICIENT_STORAGE, str(problem))
         else:
             self._say(HTTPStatus.OK, "")
@@ -142,11 +146,17 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusedError(
                 HTTPStatus.BAD_REQUEST, f"{self.path} with {length} bytes is nothing that is received here"
             )
-        version, what = int(place[1]), place[2]
+        version, what, self.unread = int(place[1]), place[2], length
         if what == "table":
-            self.server.take_table(self, version, self.rfile.read(length).decode())
+            text, self.unread = self.rfile.read(length).decode(), 0
+            self.server.take_table(self, version, text)
         else:
             self.server.take_piece(self, version, int(what), length, int(self.headers.get(CHECKSUM_HEADER, -1)))
+
+    def _skip_body(self) -> None:
+        """Who closes a connection with something unread in it takes back what it said before."""
+        while self.unread and (skipped := self.rfile.read(min(self.unread, 1 << 20))):
+            self.unread -= len(skipped)
 
     def hang_up(self) -> None:
         """End the connection, from another thread."""
