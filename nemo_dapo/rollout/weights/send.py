@@ -28,7 +28,7 @@ from nemo_dapo.rollout.weights.table import Entry, Table
 from nemo_dapo.rollout.weights.tcp import TCPCarrier
 
 P = ParamSpec("P")
-PIECE_BYTES = 8 << 20  # few enough to stay in the processor's cache from one copy to the next
+PIECE_BYTES = 16 << 20  # few enough to stay in the processor's cache from one copy to the next
 BUFFERS = 2  # one travels while the next is packed
 
 

@@ -28,6 +28,9 @@ class TCPCarrier:
         self.place, self.token = place, token
         self.version, self.deadline = -1, 0.0
         self.connection: HTTPConnection | None = None
+        self.is_waited_for = (
+            False  # an answer: it is read before the next request, so that pieces are checked meanwhile
+        )
 
     def begin(self, version: int, deadline: float) -> None:
         self.version, self.deadline = version, deadline
@@ -43,14 +46,18 @@ class TCPCarrier:
 
     def commit(self, table: Table) -> None:
         self._put("table", table.render().encode(), {})
+        self._require_accepted()
 
     def close(self) -> None:
+        self.is_waited_for = False
         if self.connection is not None:
             self.connection.close()
             self.connection = None
 
     def _put(self, what: str, body: Any, headers: dict[str, str]) -> None:
         assert self.connection is not None
+        if self.is_waited_for:
+            self._require_accepted()
         view = memoryview(body)
         request = {"Authorization": f"Bearer {self.token}", "Content-Length": str(view.nbytes), **headers}
         self.connection.putrequest("PUT", f"/weights/{self.version}/{what}", skip_accept_encoding=True)
@@ -58,6 +65,7 @@ class TCPCarrier:
             self.connection.putheader(name, value)
         self.connection.timeout = self._patience()
         self.connection.endheaders()
+        self.is_waited_for = True
         try:
             while view:
                 self.connection.sock.settimeout(self._patience())
@@ -65,10 +73,10 @@ class TCPCarrier:
         except (BrokenPipeError, ConnectionResetError):  # it may have said why
             self._require_accepted()
             raise
-        self._require_accepted()
 
     def _require_accepted(self) -> None:
         assert self.connection is not None
+        self.is_waited_for = False
         self.connection.sock.settimeout(self._patience())
         with self.connection.getresponse() as response:
             said = printable(response.read(1000).decode(errors="replace"), 500)
