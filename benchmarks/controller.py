@@ -41,8 +41,11 @@ from nemo_dapo.batching import make_batch, minibatches, pack, plan_minibatches
 from nemo_dapo.config import RolloutConfig
 from nemo_dapo.coordination import share_batch
 from nemo_dapo.garbage import no_full_collections
+from nemo_dapo.hf_folder import ExpectedWeights
 from nemo_dapo.rollout import wire
 from nemo_dapo.rollout.engine import VLLMEngine
+from nemo_dapo.rollout.weights.ledger import Ledger
+from nemo_dapo.rollout.weights.send import Sender
 from nemo_dapo.sampling import Collected, GroupSampler
 from nemo_dapo.types import Prompt, Sample, SamplingParams, TrainBatch, Verdict
 from tests.stand_in_server import StandInServers
@@ -217,8 +220,8 @@ def engine_for(urls: list[str], args: argparse.Namespace) -> VLLMEngine:
         max_concurrent_sequences=args.in_flight // len(urls),
     )
     servers: Any = StandInServers(*urls)
-    no_store: Any = contextlib.ExitStack()  # has the one method that is called, `close`
-    return VLLMEngine(config, servers, no_store, [VOCAB_SIZE - 1], VOCAB_SIZE)
+    ledger, sender = Ledger(servers.places, "float32"), Sender(lambda: ExpectedWeights({}))
+    return VLLMEngine(config, servers, ledger, sender, [VOCAB_SIZE - 1], VOCAB_SIZE)
 
 
 async def rollout(

@@ -55,7 +55,7 @@ class Shape:
 
 def server_cpu_seconds(engine: VLLMEngine) -> float:
     """CPU time of all processes of all servers so far."""
-    guardians = [psutil.Process(s.process.pid) for s in engine.servers.servers if s.process]
+    guardians = [psutil.Process(s.pid) for s in engine.servers.servers if s.pid]
     times = [p.cpu_times() for guardian in guardians for p in guardian.children(recursive=True)]
     return sum(t.user + t.system for t in times)
 

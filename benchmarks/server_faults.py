@@ -72,9 +72,7 @@ class Words(logging.Handler):
 
 def family(engine: VLLMEngine) -> dict[str, psutil.Process]:
     """The processes of the only server by their roles."""
-    process = engine.servers.servers[0].process
-    assert process is not None
-    guardian = psutil.Process(process.pid)
+    guardian = psutil.Process(engine.servers.servers[0].pid)
     (api,) = guardian.children()
     engines = [p for p in api.children(recursive=True) if "EngineCore" in p.name()]
     return {"guardian": guardian, "api": api, "engine": engines[0]}
@@ -161,7 +159,7 @@ def main() -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(path)
         with VLLMEngine.start(config, path, Precision.fp32, Path(folder), tokenizer, seed=0) as engine:
-            store = engine.store.folder
+            store = Path(engine.servers.places()[0].folder)
             engine.update_weights(iter(weights), 1)
             for victim, fault, phase in cases:
                 outcomes.append(Outcome(victim, fault, phase))

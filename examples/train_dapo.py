@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_dapo import config as schema
 from nemo_dapo import entry
-from nemo_dapo.config import RunConfig
+from nemo_dapo.config import Placement, RunConfig
 from nemo_dapo.data.check import check_data
 from nemo_dapo.ending import Ending
 from nemo_dapo.entry import is_rank_zero
@@ -40,10 +40,14 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "config.yaml"
 
 def train(config: RunConfig, ending: Ending) -> None:
     """Build policy, engine, rewarder and data, hand them to the trainer and run it."""
+    from nemo_dapo.collectives import gather_json
     from nemo_dapo.coordination import share_number
     from nemo_dapo.heartbeat import Heartbeat
     from nemo_dapo.megatron import parallel
     from nemo_dapo.rollout import sharing
+    from nemo_dapo.rollout.host import node_name
+    from nemo_dapo.rollout.keeper import keep_agent
+    from nemo_dapo.shared_folder import require_shared
 
     parallel.initialize(config.parallel, config.seed)
     from nemo_dapo.megatron.policy import MegatronPolicy
@@ -58,11 +62,17 @@ def train(config: RunConfig, ending: Ending) -> None:
             ending.phase, config.parallel.heartbeat_timeout, run_dir / "errors", ending.end_job
         )
         ending.heartbeat.start(group)
-    with ExitStack() as stack, ending.says_at_once():
+    hosts: list[str] = gather_json(node_name(), group)
+    # Agents are left last: the engine, before, has told them to end.
+    with ExitStack() as agents, ExitStack() as stack, ending.says_at_once():
+        if len(set(hosts)) > 1:
+            require_shared(run_dir, hosts, group)
         with ending.phase.enter("load"):
             resumed = find_checkpoint(config, run_dir, group)
         offload = sharing.offloads(config)
-        pending = start_controller(config, run_dir, stack, resumed) if is_rank_zero() else None
+        pending, door = start_controller(config, run_dir, stack, resumed, hosts) if is_rank_zero() else (None, None)
+        if config.rollout.placement is Placement.colocated:
+            keep_agent(gather_json(door, group)[0], run_dir, hosts, agents)
         controller, servers = None, None
         if offload:  # servers measure what is free: the policy must not take memory meanwhile
             controller = wait_for(pending, group)
@@ -109,8 +119,13 @@ def wait_for(pending: Future[Any] | None, group: Any) -> Any:
     return lead(lambda: asyncio.wrap_future(pending) if pending else never(), group)
 
 
-def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack, resumed: int | None) -> Future[Any]:
-    """Rank 0's side; the servers start in a thread of their own, while the policy is built where it has other GPUs."""
+def start_controller(
+    config: RunConfig, run_dir: Path, stack: ExitStack, resumed: int | None, hosts: list[str]
+) -> tuple[Future[Any], Any]:
+    """Rank 0's side; the servers start in a thread of their own, while the policy is built where it has other GPUs.
+
+    Also where agents find it.
+    """
     from transformers import AutoTokenizer
 
     from nemo_dapo.controller import Controller
@@ -153,9 +168,10 @@ def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack, resumed
         print(f"no vLLM server: the rollouts of {config.rollout.replay} are played back", flush=True)
         engine = ReplayEngine(Path(config.rollout.replay))
     else:
-        print(f"starting {config.rollout.num_servers} vLLM server(s), logs in {run_dir / 'servers'}", flush=True)
+        nodes = list(dict.fromkeys(hosts)) if config.rollout.placement is Placement.colocated else []
         rollout = with_the_head_of(config.model, config.rollout)
-        engine = VLLMEngine.prepare(rollout, model_path, config.model.precision, run_dir, tokenizer, seed)
+        engine = VLLMEngine.prepare(rollout, model_path, config.model.precision, run_dir, tokenizer, seed, nodes)
+        print(f"starting {len(engine.servers)} vLLM server(s), logs in {run_dir / 'servers'}", flush=True)
     stack.callback(engine.close)  # ends the servers' start as well, before the executor waits for it
 
     def start() -> Controller:
@@ -163,7 +179,7 @@ def start_controller(config: RunConfig, run_dir: Path, stack: ExitStack, resumed
             engine.start_servers()
         return Controller(config, run_dir, engine, rewarder, loader, eval_sets, sinks, decoder_of(tokenizer))
 
-    return executor.submit(start)
+    return executor.submit(start), engine.door if isinstance(engine, VLLMEngine) else None
 
 
 def make_sinks(config: RunConfig, run_dir: Path, resumed: int | None) -> Any:

@@ -148,9 +148,10 @@ def require(*modules: str) -> None:
 
 
 def require_vllm(config: RunConfig) -> None:
-    """Rank 0 starts the servers, in a replay none, with `rollout.python` or this interpreter, which then must have vLLM."""
+    """Where rank 0's host serves, the servers run in `rollout.python` or this interpreter, which then must have vLLM."""
     python = config.rollout.python
-    if not is_rank_zero() or config.rollout.replay:
+    serves = config.rollout.placement in (schema.Placement.local, schema.Placement.colocated)
+    if not is_rank_zero() or config.rollout.replay or not serves:
         return
     if not python:
         require("vllm")

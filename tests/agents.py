@@ -8,19 +8,19 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from nemo_dapo.config import RolloutConfig
+from nemo_dapo.config import Precision, RolloutConfig
 from nemo_dapo.hf_folder import fingerprint
 from nemo_dapo.rollout.agreement import Terms
-from nemo_dapo.rollout.hub import TOKEN_VARIABLE, Hub, Node
+from nemo_dapo.rollout.hub import TOKEN_VARIABLE, Hub, Node, write_run_file
 from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.messages import Plan, options_said
+from nemo_dapo.rollout.nodes import ServingNodes, Weights
 from tests.stand_in_vllm import ROOT, interpreter
 
 TOKEN = "t0ken"
@@ -45,13 +45,13 @@ class Nodes:
         self.rollout = RolloutConfig(
             python=interpreter(folder / "interpreter", probe), num_servers=servers, lease_seconds=lease
         )
-        (folder / "shared").touch()
         self.agents: list[subprocess.Popen[str]] = []
         self.loop = LoopThread("hub")
         terms = Terms(str(self.model), fingerprint(self.model))
         self.hub = Hub(terms, slots, self.plan, token=TOKEN, lease=lease)
         self.do(self.hub.open("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self.hub.port}"
+        self.run_file = write_run_file(folder, [self.address], TOKEN)
 
     def plan(self, slot: int, node: str) -> Plan:
         servers = self.rollout.num_servers
@@ -65,7 +65,7 @@ class Nodes:
             seed=7,
             api_key="k",
             log_dir=str(self.folder / "servers" / node),
-            shared_file=str(self.folder / "shared"),
+            run_file=str(self.run_file),
             spans_hosts=False,
         )
 
@@ -77,17 +77,7 @@ class Nodes:
 
     def agent(self, name: str, address: str = "", token: str = TOKEN, *options: str) -> subprocess.Popen[str]:
         where = options or ("--controller", address or self.address)
-        environment = {**os.environ, "SLURMD_NODENAME": name, TOKEN_VARIABLE: token, "PYTHONPATH": str(ROOT)}
-        self.agents.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "nemo_dapo.rollout.agent", *where],
-                cwd=ROOT,
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-        )
+        self.agents.append(start_agent(name, *where, token=token))
         return self.agents[-1]
 
     def ready(self, slot: int = 0, seconds: float = 60.0) -> Node:
@@ -102,6 +92,18 @@ class Nodes:
         for agent in self.agents:
             agent.kill()
             agent.wait()
+
+
+def start_agent(name: str, *options: str, token: str = "") -> subprocess.Popen[str]:
+    """An agent that believes its host to be called `name`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "nemo_dapo.rollout.agent", *options],
+        cwd=ROOT,
+        env={**os.environ, "SLURMD_NODENAME": name, TOKEN_VARIABLE: token, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def family(agent: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -156,4 +158,11 @@ def _received(source: socket.socket) -> bytes:
         return b""
 
 
-Start = Callable[..., Nodes]
+def serving(folder: Path, **options: object) -> ServingNodes:
+    """Rank 0's side of a run in `folder` whose servers are stand-ins; the caller closes it."""
+    python = interpreter(folder / "interpreter", str(options.pop("probe", "")))
+    config = RolloutConfig(python=python, **{"lease_seconds": LEASE, **options})  # type: ignore[arg-type]
+    model = folder / "model"
+    if not model.exists():
+        model_folder(model)
+    return ServingNodes(config, model, Precision.fp32, folder / "run", 0, Weights(1 << 20, TOKEN))

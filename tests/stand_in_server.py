@@ -5,6 +5,8 @@ The real server is tested in test_rollout_vllm.py; this one does what a real one
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import itertools
 import json
 import threading
@@ -16,6 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from nemo_dapo.rollout import wire
+from nemo_dapo.rollout.weights.plan import Place
+from nemo_dapo.rollout.weights.store import WeightStore
 
 JSON_ROUTE = "/inference/v1/generate"
 TOKENS, LOGPROBS = [2, 3, 1], [-1.0, -1.5, -0.5]
@@ -184,11 +188,14 @@ class StandIn(ThreadingHTTPServer):
 
 
 class StandInServers:
-    """The part of VLLMServers that the engine uses; a `dead` server, or a sick one, is well after `restart` by its cure."""
+    """What the engine uses of ServingNodes; a `dead` server, or a sick one, is well after `restart` by its cure."""
 
     def __init__(self, *urls: str) -> None:
         self.headers = {"Authorization": "Bearer k"}
-        self.servers = [SimpleNamespace(url=url, log_path=Path(f"server_{i}.log")) for i, url in enumerate(urls)]
+        self.servers = [
+            SimpleNamespace(url=url, log_path=Path(f"server_{i}.log"), node="here") for i, url in enumerate(urls)
+        ]
+        self.away: set[int] = set()
         self.dead: set[int] = set()
         self.cures: dict[int, Callable[[], None]] = {}
         self.restarts: list[int] = []
@@ -198,13 +205,27 @@ class StandInServers:
         return len(self.servers)
 
     def alive(self, index: int) -> bool:
-        return index not in self.dead
+        return index not in self.dead and index not in self.away
+
+    def is_away(self, index: int) -> bool:
+        return index in self.away
+
+    async def node_back(self, index: int) -> None:
+        while index in self.away:
+            await asyncio.sleep(0.01)
 
     def describe(self, index: int) -> str:
         return f"vLLM server {index} (pid 0, server_{index}.log)"
 
     def describe_exit(self, index: int) -> str:
         return f"vLLM server {index} ended"
+
+    @functools.cached_property
+    def store(self) -> WeightStore:
+        return WeightStore(8, "here")
+
+    def places(self) -> list[Place]:
+        return [self.store.place()]
 
     def start(self) -> None: ...
 
@@ -219,7 +240,9 @@ class StandInServers:
         elif index in self.dead:
             raise RuntimeError(f"vLLM server {index} ended with exit code 1")
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        if "store" in vars(self):
+            self.store.close()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> bool:

@@ -29,7 +29,11 @@ def interpreter(path: Path, probe: str = "") -> str:
 
 def main() -> None:
     from nemo_dapo.rollout.challenge import NONCE_PARAMETER, proof
-    from tests.stand_in_server import Handler, StandIn, say
+    from tests.stand_in_server import Handler, StandIn, frames, say
+
+    def current(handler: Handler) -> None:
+        """A good answer under the weights that the server was given last."""
+        say(handler, frames(version=int(handler.server.version)))
 
     class Server(StandIn):
         def control(self, handler: Handler) -> None:
@@ -40,7 +44,7 @@ def main() -> None:
             else:
                 super().control(handler)
 
-    Server(port=int(sys.argv[sys.argv.index("--port") + 1])).thread.join()
+    Server(current, port=int(sys.argv[sys.argv.index("--port") + 1])).thread.join()
 
 
 if __name__ == "__main__":

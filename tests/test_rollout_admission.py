@@ -11,6 +11,7 @@ import pytest
 from nemo_dapo.rollout import admission
 from nemo_dapo.rollout.admission import DOUBLING_SECONDS, Admission, Reading
 from nemo_dapo.rollout.fleet import Fleet
+from tests.stand_in_server import StandInServers
 
 CEILING, TARGET = 1024, 0.85
 
@@ -116,7 +117,7 @@ def test_pressure_is_what_the_last_look_saw_and_a_share_for_what_was_sent_since(
 
 def test_the_server_with_the_emptier_cache_is_sent_the_next_samples_though_it_has_more_of_them() -> None:
     async def scenario() -> None:
-        fleet = Fleet(2, 64, cache_target=TARGET, ended=lambda i: None, restart=lambda i, f: None, describe=str)
+        fleet = Fleet(2, 64, StandInServers(*"ab"), lambda i, f: None, cache_target=TARGET)
         for _ in range(4):
             await fleet.take(4)
         fleet.members[1].load += 4

@@ -185,7 +185,7 @@ def answer_of(address: str, request: bytes) -> bytes:
 def test_a_node_joins_serves_is_restarted_and_told_to_stop_and_nobody_else_is_answered(nodes):
     run = nodes(servers=2)
     write_run_file(run.folder, [closed_address(), run.address], TOKEN)
-    agent = run.agent("n1", "", "", "--run-file", str(run.folder / "rollout.json"))
+    agent = run.agent("n1", "", "", "--run-file", str(run.run_file))
     node = run.ready()
     started = family(agent)
     assert [(s.index, s.is_ready, s.ended) for _, s in sorted(node.servers.items())] == [(0, True, ""), (1, True, "")]
@@ -243,7 +243,7 @@ def test_a_node_that_cannot_serve_the_run_is_refused_at_the_door_with_the_remedy
     assert "is another model there" in said
     assert "NCCL 2.27.5, the trainer has 2.28.3" in said
     assert "is another model there" in run.hub.refusals["n1"].reason
-    (run.folder / "shared").unlink()
+    run.run_file.unlink()
     run.rollout.visible_devices = ["0", "1"]
     (run.model / "config.json").unlink()
     code, said = end_of(run.agent("n1"))

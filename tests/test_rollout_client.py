@@ -25,13 +25,11 @@ from nemo_dapo.rollout import requests as requests_module
 from nemo_dapo.rollout import upkeep as upkeep_module
 from nemo_dapo.rollout.engine import VLLMEngine
 from nemo_dapo.rollout.fleet import MAX_RESTARTS, Fleet
-from nemo_dapo.rollout.host import node_name
 from nemo_dapo.rollout.progress import Progress
 from nemo_dapo.rollout.requests import MAX_LATE, MAX_LOST, MAX_TRIES
 from nemo_dapo.rollout.weights.ledger import Ledger
 from nemo_dapo.rollout.weights.plan import Sent
 from nemo_dapo.rollout.weights.send import Sender
-from nemo_dapo.rollout.weights.store import WeightStore
 from nemo_dapo.sampling import GroupSampler
 from nemo_dapo.types import Prompt, Sample, SamplingParams, Verdict, VersionSpan
 from tests import stand_in_server as stand
@@ -73,9 +71,8 @@ def engine_over() -> Iterator[Callable[..., VLLMEngine]]:
 
     def build(servers: StandInServers, **options: object) -> VLLMEngine:
         config = RolloutConfig(max_prompt_length=4, max_response_length=4, **options)  # type: ignore[arg-type]
-        store = WeightStore(8, node_name())
-        ledger, sender = Ledger(lambda: [store.place()], "float32"), Sender(lambda: ExpectedWeights({"w": (2,)}))
-        engines.append(VLLMEngine(config, servers, store, ledger, sender, [1], VOCABULARY))  # type: ignore[arg-type]
+        ledger, sender = Ledger(servers.places, "float32"), Sender(lambda: ExpectedWeights({"w": (2,)}))
+        engines.append(VLLMEngine(config, servers, ledger, sender, [1], VOCABULARY))  # type: ignore[arg-type]
         return engines[-1]
 
     yield build
@@ -836,7 +833,7 @@ def test_a_status_that_is_about_the_server_is_no_fault_of_the_prompt(status, sta
 
 def test_requests_go_to_the_least_loaded_server_within_the_limit():
     async def scenario() -> None:
-        fleet = Fleet(2, 8, ended=lambda i: None, restart=lambda i, f: None, describe=str)
+        fleet = Fleet(2, 8, StandInServers(*"ab"), lambda i, f: None)
         assert [(await fleet.take(4)).index for _ in range(4)] == [0, 1, 0, 1]
         waiting = asyncio.create_task(fleet.take(4))
         await asyncio.sleep(0.01)
@@ -853,7 +850,7 @@ def test_requests_go_to_the_least_loaded_server_within_the_limit():
 
 def test_a_group_larger_than_the_limit_runs_alone():
     async def scenario() -> None:
-        fleet = Fleet(1, 8, ended=lambda i: None, restart=lambda i, f: None, describe=str)
+        fleet = Fleet(1, 8, StandInServers(*"a"), lambda i, f: None)
         assert (await fleet.take(16)).index == 0
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(fleet.take(1), 0.05)
@@ -864,7 +861,7 @@ def test_a_group_larger_than_the_limit_runs_alone():
 
 def test_whoever_came_first_is_served_first_but_for_retries_and_those_who_gave_up_waiting():
     async def scenario() -> list[str]:
-        fleet = Fleet(1, 4, ended=lambda i: None, restart=lambda i, f: None, describe=str)
+        fleet = Fleet(1, 4, StandInServers(*"a"), lambda i, f: None)
         served: list[str] = []
 
         async def wait(name: str, n: int, is_retry: bool = False) -> None:

@@ -219,9 +219,9 @@ def test_a_request_that_the_engine_could_not_serve_is_refused_and_the_server_liv
 
 def engine_process(engine: VLLMEngine) -> psutil.Process:
     """The process in which the model runs, below the API server, below the guardian."""
-    process = engine.servers.servers[0].process
-    assert process is not None
-    return next(p for p in psutil.Process(process.pid).children(recursive=True) if "EngineCore" in p.name())
+    return next(
+        p for p in psutil.Process(engine.servers.servers[0].pid).children(recursive=True) if "EngineCore" in p.name()
+    )
 
 
 def test_a_killed_server_is_restarted_with_the_newest_weights_and_goes_on_with_what_it_had_sent(

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_dapo.config import model_family, reserved
 from nemo_dapo.config.layout import check_layout
+from nemo_dapo.config.placement import check_placement
 from nemo_dapo.config.prompts import check_prompts, remark_on_prompts
 from nemo_dapo.config.ranges import out_of_range
 from nemo_dapo.config.schema import (
@@ -16,6 +17,7 @@ from nemo_dapo.config.schema import (
     AlgorithmConfig,
     DecayStyle,
     OptimizerConfig,
+    Placement,
     RewardConfig,
     RunConfig,
 )
@@ -57,6 +59,7 @@ def validate_evaluation(config: RunConfig, world_size: int) -> None:
     model, unreadable = _read_model(config.model.path)
     problems = [
         *_check_run(config),
+        *check_placement(config.rollout),
         *_check_evaluation(config),
         *_check_lengths(config, model),
         *_check_reward(config.reward),
@@ -73,6 +76,10 @@ def validate_evaluation(config: RunConfig, world_size: int) -> None:
     if world_size > 1:
         problems.append(
             f"{world_size} ranks were started; start it without torchrun: rollout.num_servers=N serves faster"
+        )
+    if config.rollout.placement is Placement.colocated:
+        problems.append(
+            "rollout.placement=colocated serves on the nodes of a trainer, and there is none; set local or dedicated"
         )
     chosen = config.evaluation.checkpoint
     if chosen and not (Path(chosen) / "policy").is_dir():
@@ -189,6 +196,7 @@ def _check_rollout(config: RunConfig) -> Iterator[str]:
             "algorithm.importance_cap cannot correct for it: vLLM's probabilities are those among the kept tokens; set "
             "1.0 and -1 (evaluation has its own)"
         )
+    yield from check_placement(r)
     if r.visible_devices and len(r.visible_devices) != r.num_servers:
         yield f"rollout.visible_devices has {len(r.visible_devices)} entries for num_servers={r.num_servers}; give one each"
     if r.api_key_file and not Path(r.api_key_file).is_file():

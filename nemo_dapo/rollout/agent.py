@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -29,10 +28,9 @@ import aiohttp
 from aiohttp import ClientWebSocketResponse, hdrs
 
 import nemo_dapo
-from nemo_dapo.config import Placement, Precision
 from nemo_dapo.rollout import host
-from nemo_dapo.rollout.command import listen_host
-from nemo_dapo.rollout.hub import TOKEN_VARIABLE
+from nemo_dapo.rollout.holdings import LOOK_SECONDS, Holdings, prepare
+from nemo_dapo.rollout.hub import TOKEN_VARIABLE, read_run_file
 from nemo_dapo.rollout.messages import (
     CLOSE_SECONDS,
     HELLO_SECONDS,
@@ -44,24 +42,20 @@ from nemo_dapo.rollout.messages import (
     LeaseLostError,
     Plan,
     Refusal,
-    Report,
     Result,
     ServerState,
     Stop,
     Welcome,
     decode,
     heard,
-    options_heard,
     say,
 )
-from nemo_dapo.rollout.servers import Share, VLLMServers
 
 log = logging.getLogger(__name__)
 
 ENDED, LOST, REFUSED = 0, 1, 2  # exit codes
 CONNECT_SECONDS = 5.0
 RETRY_SECONDS = 1.0
-LOOK_SECONDS = 0.2  # between two looks at the servers
 SECONDS_BETWEEN_WORDS = 15.0
 PULSE_SECONDS = 0.5
 
@@ -78,22 +72,19 @@ class Door:
     token: str
 
 
-def read_door(run_file: Path) -> Door:
-    """Raises OSError or ValueError where the file is not there, not whole, or another user's business."""
-    said = json.loads(run_file.read_text())
-    return Door(list(said["addresses"]), str(said["token"]))
-
-
-async def connect(http: aiohttp.ClientSession, find: Callable[[], Door], patience: float) -> ClientWebSocketResponse:
-    """The hub's socket, as soon as it can be found: rank 0 may start later than its agents.
+async def connect(
+    http: aiohttp.ClientSession, find: Callable[[], Door], patience: float
+) -> tuple[ClientWebSocketResponse, str]:
+    """The hub's socket and the run's token, as soon as it can be found: rank 0 may start later than its agents.
 
     Raises TimeoutError after `patience` seconds, RefusedError for the wrong token.
     """
     started = said = time.monotonic()
     while True:
         try:
-            return await _try_door(http, find())
-        except (aiohttp.ClientError, OSError, ValueError, KeyError, asyncio.TimeoutError) as problem:
+            door = find()
+            return await _try_door(http, door), door.token
+        except (aiohttp.ClientError, OSError, ValueError, asyncio.TimeoutError) as problem:
             now, trouble = time.monotonic(), f"{type(problem).__name__}: {problem}"
         if now - started > patience:
             raise TimeoutError(f"no hub was found in {patience:.0f} s; is rank 0 running? The last attempt: {trouble}")
@@ -129,8 +120,8 @@ async def _try_door(http: aiohttp.ClientSession, door: Door) -> ClientWebSocketR
 class Agent:
     """One registration of a node: from the hub's welcome to the end of the lease."""
 
-    def __init__(self, socket: ClientWebSocketResponse, plan: Plan, servers: VLLMServers) -> None:
-        self.socket, self.plan, self.servers = socket, plan, servers
+    def __init__(self, socket: ClientWebSocketResponse, plan: Plan, holdings: Holdings) -> None:
+        self.socket, self.plan, self.holdings, self.servers = socket, plan, holdings, holdings.servers
         self._said: dict[int, ServerState] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -149,7 +140,11 @@ class Agent:
             watching.cancel()
 
     async def _answer(self, call: Call) -> None:
-        actions = {"start": self.servers.start, "restart": lambda: self.servers.restart(call.index)}
+        actions = {
+            "start": self.servers.start,
+            "restart": lambda: self.servers.restart(call.index),
+            "end": lambda: self.servers.end(call.index),
+        }
         result = Result(call.number)
         try:
             await asyncio.to_thread(actions[call.action])
@@ -160,6 +155,7 @@ class Agent:
 
     async def _watch(self) -> None:
         while True:
+            self.holdings.require_folder()
             await self._say_states()
             await asyncio.sleep(LOOK_SECONDS)
 
@@ -178,57 +174,29 @@ class Agent:
                 await say(self.socket, state)
 
 
-def prepare(plan: Plan, address: str, gpus: list[str], scratch: str) -> tuple[Report, VLLMServers | None]:
-    """What the hub wants to know of this node, and the servers where nothing speaks against them. Blocks."""
-    config = options_heard(plan.rollout)
-    report, has_cpu_build = host.look(plan, config, address)
-    on_cpu = has_cpu_build or not gpus
-    problems = list(report.problems)
-    if not Path(plan.shared_file).exists():
-        problems.append(
-            f"{Path(plan.shared_file).parent}, the run's output_dir, is another folder there: put output_dir on a file "
-            "system that all nodes see"
-        )
-    if plan.spans_hosts:
-        config.host = listen_host(config.host, address)
-    try:
-        if config.placement is not Placement.local and not on_cpu and not config.visible_devices:
-            config.visible_devices = host.share_gpus(gpus, config.num_servers, host.gpus_each(config.vllm))
-        share = Share(
-            seed=plan.seed,
-            first=plan.first,
-            total=plan.total,
-            api_key=plan.api_key,
-            address=address,
-            scratch=scratch,
-            on_cpu=on_cpu,
-        )
-        if not problems:
-            model, precision = Path(plan.model_path), Precision(plan.precision)
-            return report, VLLMServers(config, model, precision, Path(plan.log_dir), share)
-    except (ValueError, OSError) as problem:
-        problems.append(str(problem))
-    return dataclasses.replace(report, problems=problems), None
-
-
-async def register(socket: ClientWebSocketResponse, name: str, gpus: list[str], scratch: str) -> Agent:
+async def register(
+    socket: ClientWebSocketResponse, token: str, name: str, gpus: list[str], scratch: str, folder: Path | None
+) -> Agent:
     """Say hello, look at the plan, be welcome. Raises RefusedError, or LeaseLostError where it is worth another attempt."""
     async with contextlib.aclosing(heard(socket, 2 * HELLO_SECONDS)) as words:
         await say(socket, Hello(PROTOCOL, nemo_dapo.__version__, name, os.getpid(), gpus))
         plan = _accepted(decode(await anext(words), Plan, Refusal))
         assert isinstance(plan, Plan)
         address = socket.get_extra_info("sockname")[0]
-        looking = asyncio.ensure_future(asyncio.to_thread(prepare, plan, address, gpus, scratch))
+        looking = asyncio.ensure_future(asyncio.to_thread(prepare, plan, token, name, address, gpus, scratch, folder))
         answer = asyncio.ensure_future(anext(words))  # listens, and so answers pings, while the node is looked at
         await asyncio.wait({looking, answer}, return_when=asyncio.FIRST_COMPLETED)
-        if not looking.done():
-            answer.result()  # raises: the hub has nothing to say before the report
-        report, servers = await looking
-        await say(socket, report)
-        _accepted(decode(await answer, Welcome, Refusal))
-    if servers is None:
-        raise RefusedError("; ".join(report.problems))
-    return Agent(socket, plan, servers)
+        report, holdings = await looking
+        try:
+            await say(socket, report)
+            _accepted(decode(await answer, Welcome, Refusal))
+            if holdings is None:
+                raise RefusedError("; ".join(report.problems))
+            return Agent(socket, plan, holdings)
+        except BaseException:
+            if holdings:
+                holdings.close(kill=True)
+            raise
 
 
 def _accepted(message: Plan | Welcome | Refusal) -> Plan | Welcome:
@@ -237,10 +205,10 @@ def _accepted(message: Plan | Welcome | Refusal) -> Plan | Welcome:
     return message
 
 
-async def run(find: Callable[[], Door], patience: float, *, has_pulse: bool = False) -> int:
+async def run(find: Callable[[], Door], patience: float, *, folder: Path | None = None, has_pulse: bool = False) -> int:
     """One registration, whole; returns the exit code."""
     scratch = tempfile.mkdtemp(prefix="nemo_dapo_agent_")
-    life = asyncio.ensure_future(_live(find, patience, scratch))
+    life = asyncio.ensure_future(_live(find, patience, scratch, folder))
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, life.cancel)
     pulse = asyncio.ensure_future(_pulse(life)) if has_pulse else None
@@ -261,12 +229,12 @@ async def run(find: Callable[[], Door], patience: float, *, has_pulse: bool = Fa
     return ENDED
 
 
-async def _live(find: Callable[[], Door], patience: float, scratch: str) -> None:
+async def _live(find: Callable[[], Door], patience: float, scratch: str, folder: Path | None) -> None:
     name, gpus = host.node_name(), await asyncio.to_thread(host.gpu_uuids, os.environ)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
     async with aiohttp.ClientSession(trust_env=False, timeout=timeout) as http:
-        socket = await connect(http, find, patience)
-        agent = await register(socket, name, gpus, scratch)
+        socket, token = await connect(http, find, patience)
+        agent = await register(socket, token, name, gpus, scratch, folder)
         is_wanted = True
         try:
             lease = float(agent.plan.rollout["lease_seconds"])
@@ -278,19 +246,17 @@ async def _live(find: Callable[[], Door], patience: float, scratch: str) -> None
             raise
         finally:
             # Nobody waits for answers of servers whose lease is lost: the node is to be back soon.
-            await asyncio.shield(asyncio.to_thread(agent.servers.close, kill=not is_wanted))
+            await asyncio.shield(asyncio.to_thread(agent.holdings.close, kill=not is_wanted))
             await socket.close()
 
 
 async def _pulse(life: asyncio.Future[None]) -> None:
     """Show whoever started this process that it is not stopped: a byte on standard output now and then."""
-    while True:
-        try:
+    with contextlib.suppress(OSError):  # nobody is there any more
+        while True:
             os.write(1, b".")
-        except OSError:  # nobody is there any more
-            life.cancel()
-            return
-        await asyncio.sleep(PULSE_SECONDS)
+            await asyncio.sleep(PULSE_SECONDS)
+    life.cancel()
 
 
 def main(arguments: list[str]) -> int:
@@ -299,15 +265,18 @@ def main(arguments: list[str]) -> int:
     where.add_argument("--run-file", type=Path, help="rollout.json in the run's folder, which rank 0 writes")
     where.add_argument("--controller", help=f"HOST:PORT[,HOST:PORT…] of the hub; the token is {TOKEN_VARIABLE}")
     parser.add_argument("--patience", type=float, default=1800.0, help="seconds to look for the hub")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # for weights, of whoever keeps this agent
     parser.add_argument("--pulse", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s agent %(message)s", stream=sys.stderr)
     token = os.environ.pop(TOKEN_VARIABLE, "")  # not for the servers
 
     def find() -> Door:
-        return read_door(options.run_file) if options.run_file else Door(options.controller.split(","), token)
+        return (
+            Door(*read_run_file(options.run_file)) if options.run_file else Door(options.controller.split(","), token)
+        )
 
-    return asyncio.run(run(find, options.patience, has_pulse=options.pulse))
+    return asyncio.run(run(find, options.patience, folder=options.folder, has_pulse=options.pulse))
 
 
 if __name__ == "__main__":

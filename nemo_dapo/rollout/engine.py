@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from nemo_dapo.config import Precision, RolloutConfig
 from nemo_dapo.hf_folder import expected_weights
 from nemo_dapo.rollout import client
 from nemo_dapo.rollout.command import DTYPES
-from nemo_dapo.rollout.host import node_name
+from nemo_dapo.rollout.fleet import Member
 from nemo_dapo.rollout.loop import LoopThread
+from nemo_dapo.rollout.nodes import ServingNodes, Weights
 from nemo_dapo.rollout.requests import Requests
-from nemo_dapo.rollout.servers import Share, VLLMServers
 from nemo_dapo.rollout.upkeep import STARTING, Upkeep
 from nemo_dapo.rollout.weights.ledger import Ledger
 from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
 from nemo_dapo.rollout.weights.send import Sender
-from nemo_dapo.rollout.weights.store import WeightStore
 from nemo_dapo.types import Prompt, Sample, SamplingParams
 
 T = TypeVar("T")
@@ -45,18 +45,18 @@ class VLLMEngine:
     def __init__(
         self,
         config: RolloutConfig,
-        servers: VLLMServers,
-        store: WeightStore,
+        servers: ServingNodes,
         ledger: Ledger,
         sender: Sender,
         stop_token_ids: list[int],
         vocab_size: int = 0,
     ) -> None:
-        self.config, self.servers, self.store, self.sender = config, servers, store, sender
+        self.config, self.servers, self.sender = config, servers, sender
         self._told: dict[str, int] = {}  # of the totals, what `metrics` has told
+        self._told_at, self._told_tokens = time.monotonic(), dict[int, float]()
         client.allow_open_files(len(servers) * config.max_concurrent_sequences)
         self.loop = LoopThread("rollout")
-        self.upkeep = Upkeep(config, servers, ledger, lambda index: store.node, self.loop)
+        self.upkeep = Upkeep(config, servers, ledger, self.loop)
         self.requests = self._run(self._open(stop_token_ids, vocab_size))
 
     async def _open(self, stop_token_ids: list[int], vocab_size: int) -> Requests:
@@ -93,24 +93,27 @@ class VLLMEngine:
         run_dir: Path,
         tokenizer: Any,
         seed: int,
+        nodes: Sequence[str] = (),
     ) -> VLLMEngine:
-        """As `start`, without starting the servers yet: what is made here can be closed while they start."""
+        """As `start`, without starting the servers yet: what is made here can be closed while they start.
+
+        `nodes` names those that serve where they are known beforehand, as with `rollout.placement=colocated`.
+        """
         stop_token_ids = client.stop_tokens(model_path, tokenizer)
         if not stop_token_ids:
             raise ValueError(f"{model_path} names no end-of-sequence token; set eos_token in its tokenizer or config")
         model = json.loads((model_path / "config.json").read_text())
         vocab_size = int(model.get("vocab_size") or model.get("text_config", {}).get("vocab_size") or 0)
         expected = expected_weights(model_path)
-        store = WeightStore(expected.num_elements * BYTES_PER_ELEMENT[precision], node_name())
-        ledger = Ledger(lambda: [store.place()], DTYPES[precision])
+        ledger = Ledger(lambda: servers.places(), DTYPES[precision])
+        weights = Weights(expected.num_elements * BYTES_PER_ELEMENT[precision], ledger.token)
+        servers = ServingNodes(config, model_path, precision, run_dir, seed, weights, names=nodes)
         try:
-            share = Share(seed, scratch=str(store.folder), on_cpu=not torch.cuda.is_available())
-            servers = VLLMServers(config, model_path, precision, run_dir / "servers", share)
-            engine = cls(config, servers, store, ledger, Sender(lambda: expected), stop_token_ids, vocab_size)
+            engine = cls(config, servers, ledger, Sender(lambda: expected), stop_token_ids, vocab_size)
             engine.upkeep.paused.append(STARTING)
             return engine
         except BaseException:
-            store.close()
+            servers.close()
             raise
 
     def start_servers(self) -> None:
@@ -118,6 +121,11 @@ class VLLMEngine:
         self.servers.start()
         self.upkeep.prepare_all()
         self.upkeep.paused.remove(STARTING)
+
+    @property
+    def door(self) -> dict[str, Any]:
+        """How agents that the run starts find the hub, as JSON; for `keeper.keep_agent`."""
+        return asdict(self.servers.door)
 
     @property
     def version(self) -> int:
@@ -144,7 +152,6 @@ class VLLMEngine:
 
     def begin_update(self, version: int, hosts: Sequence[str] = ("",)) -> UpdatePlan:
         """Who sends the weights of `version` to whom, given each rank's host; `finish_update` must follow."""
-        self.store.require_folder()
         return self.upkeep.begin_update(version, hosts)
 
     def finish_update(self, everyone: Sequence[Sent]) -> None:
@@ -186,9 +193,23 @@ class VLLMEngine:
         self._told = totals
         record["server/given_up"] = float(len(members) - len(serving))
         record["server/limit"] = float(sum(member.admission.limit for member in serving))
+        record |= self._each_server(members)
         if seen.cache_use is None:
             return record
         return record | {f"server/{name}": value for name, value in vars(seen).items()}
+
+    def _each_server(self, members: Sequence[Member]) -> dict[str, float]:
+        """`servers/<node>/<index>/…` of each: whether it serves, weights, restarts so far, tokens a second of late."""
+        record, now = {}, time.monotonic()
+        seconds, self._told_at = max(now - self._told_at, 1e-9), now
+        for member in members:
+            where = f"servers/{self.servers.servers[member.index].node}/{member.index}"
+            told, self._told_tokens[member.index] = self._told_tokens.get(member.index, 0.0), member.tokens
+            record[f"{where}/serves"] = float(self.upkeep.fleet.state(member) in ("serving", "suspect"))
+            record[f"{where}/version"] = float(member.version)
+            record[f"{where}/restarts"] = float(member.all_restarts)
+            record[f"{where}/tokens_per_second"] = (member.tokens - told) / seconds
+        return record
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.submit(work).result()
@@ -201,7 +222,6 @@ class VLLMEngine:
             self._run(self.requests.http.close())
         self.loop.close()
         self.sender.close()
-        self.store.close()
 
     def __enter__(self) -> VLLMEngine:
         return self

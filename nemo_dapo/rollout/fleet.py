@@ -2,7 +2,8 @@
 
 A server is sick when its process is dead, when nothing comes of its requests for `progress_timeout` seconds (the usual end
 of a GPU), when an answer is late, or when it fails a few times in a row. It is then restarted while its requests go
-elsewhere. One that stays sick through several restarts is given up while another one serves; the last one ends the run.
+elsewhere. One that stays sick through several restarts is given up. One whose node is lost waits for that node, or for a
+spare one, however long it takes. The run ends when fewer than `rollout.min_servers` are left, or have had a node of late.
 
 Everything here runs in the run's event loop, but for `restart`, which blocks in a thread.
 """
@@ -16,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from nemo_dapo.rollout.admission import Admission, Reading, Seen
 
@@ -29,7 +30,7 @@ LOOK_SECONDS = 1.0  # between two looks at a server with open requests
 
 
 class SickError(RuntimeError):
-    """No server is left that could serve; names each one's last fault and log."""
+    """Too few servers are left that could serve; names each one's last fault and log."""
 
 
 class LostServerError(ConnectionError):
@@ -60,7 +61,11 @@ class Member:
     load: int = 0
     finished: int = 0  # good samples so far
     restarts: int = 0
+    all_restarts: int = 0
+    tokens: float = 0.0  # read and written so far, over all its lives
+    version: int = 0  # of the weights it was given last
     is_down: bool = False
+    is_stale: bool = False  # has old weights, and no others to take until the next update
     given_up: str = ""  # why
     repair: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -68,25 +73,52 @@ class Member:
         return self.load == 0 or self.load + n <= self.admission.limit
 
 
+class Servers(Protocol):
+    """What a fleet asks of what its servers run on; `nodes.ServingNodes` is one."""
+
+    def alive(self, index: int) -> bool: ...
+
+    def describe(self, index: int) -> str:
+        """Names the server and its log."""
+        ...
+
+    def describe_exit(self, index: int) -> str:
+        """How a server that is not alive ended."""
+        ...
+
+    def is_away(self, index: int) -> bool:
+        """Whether the server's node is lost, so that it cannot be restarted for now."""
+        ...
+
+    async def node_back(self, index: int) -> None:
+        """Returns once it can."""
+        ...
+
+
 class Fleet:
     """Admits samples to servers within the limit of each (`admission`), and has sick servers restarted.
 
-    `restart(index)` blocks until the server serves the newest weights again, and raises when it does not; `ended(index)`
-    says how its process ended, None while it lives; `describe(index)` names it and its log.
+    `restart(index)` blocks until the server serves the newest weights again, and raises when it does not. Fewer than
+    `least` servers that are not given up end the run, as do fewer that have a node and weights, after `patience` seconds.
     """
 
     def __init__(
         self,
         size: int,
         ceiling: int,
+        servers: Servers,
+        restart: Callable[[int, str], None],
         *,
         cache_target: float = 1.0,
-        ended: Callable[[int], str | None],
-        restart: Callable[[int, str], None],
-        describe: Callable[[int], str],
+        least: int = 1,
+        patience: float = 900.0,
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.ended, self.restart, self.describe = ended, restart, describe
+        self.servers, self.restart, self.describe = servers, restart, servers.describe
+        self.least, self.patience = least, patience
+        self.too_few: asyncio.Future[str] = (
+            self.loop.create_future()
+        )  # resolves with who is left and why that is the end
         self.members = [Member(i, self._new_life(), Admission(ceiling, cache_target)) for i in range(size)]
         self.waiters: deque[tuple[int, asyncio.Future[Member]]] = deque()  # samples and their place, first come first
         self.repairs: set[asyncio.Task[None]] = set()
@@ -100,7 +132,7 @@ class Fleet:
         """Wait until a server has room for `n` more samples and take them there: the least loaded one that serves.
 
         Whoever came first is served first, but for samples that are asked for again, which are of earlier ones. More
-        samples than the limit run alone on a server. Raises SickError when every server is given up.
+        samples than the limit run alone on a server. Raises SickError when too few servers are left.
         """
         place: asyncio.Future[Member] = self.loop.create_future()
         (self.waiters.appendleft if is_retry else self.waiters.append)((n, place))
@@ -121,7 +153,7 @@ class Fleet:
 
     def _serve(self) -> None:
         """Give places to those who wait, in their order, while there is room for the first."""
-        while self.waiters:
+        while self.waiters and not self.too_few.done():
             n, place = self.waiters[0]
             if not place.done():  # else it was cancelled
                 if (member := self._pick(n)) is None:
@@ -131,18 +163,17 @@ class Fleet:
                 member.load += n
                 place.set_result(member)
             self.waiters.popleft()
-        if all(one.given_up for one in self.members):
-            sick = "no vLLM server is left: " + "; ".join(one.given_up for one in self.members)
+        if self.too_few.done():
             for _, place in self.waiters:
                 if not place.done():
-                    place.set_exception(SickError(sick))
+                    place.set_exception(SickError(self.too_few.result()))
             self.waiters.clear()
 
     def _pick(self, n: int) -> Member | None:
-        serving = [m for m in self.members if not m.given_up and m.has_room(n)]
+        serving = [m for m in self.members if not m.given_up and not m.is_stale and m.has_room(n)]
         up = [m for m in serving if not m.is_down]
         # A server that is being restarted gets requests only where it is the only one: they wait for it.
-        if not up and any(not m.is_down and not m.given_up for m in self.members):
+        if not up and any(self.can_serve(m) and not m.is_down for m in self.members):
             return None
         return min(up or serving, key=lambda m: (m.life.faults, m.admission.pressure(m.load), m.load), default=None)
 
@@ -151,14 +182,25 @@ class Fleet:
     async def ready(self, member: Member) -> Life:
         """Wait while the server is being restarted (it is the only one then) and return its life since.
 
-        Raises LostServerError when it was given up.
+        Raises LostServerError when it was given up, SickError when too few servers are left.
         """
         if member.is_down:
-            async with member.repair:
-                pass
+            repaired = asyncio.ensure_future(self.settled(member))
+            either: set[asyncio.Future[Any]] = {repaired, self.too_few}
+            try:
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                repaired.cancel()
+            if self.too_few.done():
+                raise SickError(self.too_few.result())
         if member.given_up:
             raise LostServerError(member.given_up)
         return member.life
+
+    async def settled(self, member: Member) -> None:
+        """Returns when whatever is done about the server at this moment is done."""
+        async with member.repair:
+            pass
 
     def served(self, member: Member) -> None:
         """A good answer: whatever the server failed at before is forgiven."""
@@ -175,10 +217,14 @@ class Fleet:
         The restart belongs to nobody's request, so that one which is cancelled does not cancel it.
         """
         repair = asyncio.ensure_future(self.attend(member, life, fault, is_fatal=is_fatal))
-        self.repairs.add(repair)
-        repair.add_done_callback(self._repaired)
+        self.leave_to_itself(repair)
         either: set[asyncio.Future[Any]] = {repair, life.lost}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+
+    def leave_to_itself(self, repair: asyncio.Task[None]) -> None:
+        """Nobody waits for `repair` to its end; what it raises is logged, or said to whoever asks for a server."""
+        self.repairs.add(repair)
+        repair.add_done_callback(self._repaired)
 
     def _repaired(self, repair: asyncio.Task[None]) -> None:
         self.repairs.discard(repair)
@@ -197,7 +243,7 @@ class Fleet:
             now = time.monotonic()
             if now - life.fault_at >= FAULT_SECONDS:
                 life.faults, life.fault_at = life.faults + 1, now
-            ended = self.ended(member.index)
+            ended = self._ended(member)
             if ended or is_fatal or life.faults >= MAX_FAULTS:
                 await self._restart(member, ended or fault)
 
@@ -206,7 +252,11 @@ class Fleet:
         member.life.lost.set_result(fault)
         try:
             while member.restarts < MAX_RESTARTS:
+                if self.servers.is_away(member.index):
+                    log.error("%s; it is restarted when a node takes its place", fault)
+                    await self.servers.node_back(member.index)
                 member.restarts += 1
+                member.all_restarts += 1
                 log.error("restarting %s: %s", self.describe(member.index), fault)
                 try:
                     await asyncio.to_thread(self.restart, member.index, fault)
@@ -216,6 +266,7 @@ class Fleet:
                     break
                 except (RuntimeError, OSError, TimeoutError, asyncio.TimeoutError) as problem:
                     fault = str(problem)
+                    member.restarts -= self.servers.is_away(member.index)  # that was not the server's fault
             self._give_up(member, fault)
         finally:
             member.life = self._new_life()
@@ -224,10 +275,74 @@ class Fleet:
 
     def _give_up(self, member: Member, fault: str) -> None:
         member.given_up = f"{self.describe(member.index)} is sick after {member.restarts} restart(s) in a row: {fault}"
-        if all(one.given_up for one in self.members):
-            raise SickError(member.given_up)
         left = sum(not one.given_up for one in self.members)
+        if left < self.least:
+            self._end_run("")
+            raise SickError(member.given_up if not left else self.too_few.result())
         log.error("%s; it is given up, the run goes on with %d other(s)", member.given_up, left)
+
+    def _ended(self, member: Member) -> str | None:
+        """How the server's process ended, None while it lives."""
+        return None if self.servers.alive(member.index) else self.servers.describe_exit(member.index)
+
+    def can_serve(self, member: Member) -> bool:
+        """Whether it serves, or will once it has started, without a node or weights that it does not have."""
+        return not (member.given_up or member.is_stale or self.servers.is_away(member.index))
+
+    def _end_run(self, why: str) -> None:
+        """Tell everyone who waits for a server, now or later, that too few are left."""
+        if self.too_few.done():
+            return
+        if all(one.given_up for one in self.members):
+            message = "no vLLM server is left: " + "; ".join(one.given_up for one in self.members)
+        else:
+            left = [one for one in self.members if self.can_serve(one)]
+            message = (
+                f"{len(left)} of {len(self.members)} vLLM servers are left, rollout.min_servers={self.least} must be{why}: "
+                + "; ".join(f"{self.describe(one.index)} {self.state(one)}" for one in self.members)
+            )
+        self.too_few.set_result(message)
+        self._serve()
+
+    def state(self, member: Member) -> str:
+        """In a word, for messages: serving, suspect, starting, stale, lost or given up."""
+        if member.given_up:
+            return "given up"
+        if self.servers.is_away(member.index):
+            return "lost"
+        if member.is_down:
+            return "starting"
+        if member.is_stale:
+            return "stale"
+        return "suspect" if member.life.faults else "serving"
+
+    def _say_changes(self, states: list[str]) -> None:
+        """One line on the console for all servers whose state is not the one in `states`, which is brought up to date."""
+        changed = []
+        for member in self.members:
+            last, state = states[member.index], self.state(member)
+            if last != state and "suspect" not in (last, state):  # a fault or two is no news
+                changed.append(f"{self.describe(member.index)} {last} -> {state}")
+                states[member.index] = state
+        if changed:
+            print(f"{'; '.join(changed)}; {states.count('serving')} of {len(states)} serve", flush=True)
+
+    async def _watch_number(self, paused: Sequence[str]) -> None:
+        """End the run when fewer than `least` servers can serve for longer than `patience`; say what changes meanwhile."""
+        enough_at = time.monotonic()
+        states: list[str] = []  # from the end of the start on
+        while not self.too_few.done():
+            await asyncio.sleep(min(LOOK_SECONDS, self.patience / 4))
+            if paused:
+                enough_at = time.monotonic()
+                continue
+            states = states or [self.state(member) for member in self.members]
+            self._say_changes(states)
+            left = [one for one in self.members if self.can_serve(one)]
+            if len(left) >= self.least:
+                enough_at = time.monotonic()
+            elif time.monotonic() - enough_at > self.patience:
+                self._end_run(f" and no other came back within rollout.start_timeout={self.patience:.0f} s")
 
     async def watch(
         self, read: Callable[[int], Awaitable[Reading | None]], timeout: float, paused: Sequence[str]
@@ -238,7 +353,8 @@ class Fleet:
         Nothing is held against a server while `paused` is not empty: an update stops generation, and while servers sleep
         there is no room for a new one.
         """
-        await asyncio.gather(*(self._watch(member, read, timeout, paused) for member in self.members))
+        watches = (self._watch(member, read, timeout, paused) for member in self.members)
+        await asyncio.gather(self._watch_number(paused), *watches)
 
     async def _watch(
         self, member: Member, read: Callable[[int], Awaitable[Reading | None]], timeout: float, paused: Sequence[str]
@@ -256,6 +372,7 @@ class Fleet:
                 member.admission.rest()
             elif (reading := await read(member.index)) is not None and member.life is life:
                 if reading.tokens is not None and reading.tokens != seen:
+                    member.tokens += reading.tokens - (seen if seen is not None and seen < reading.tokens else 0)
                     seen = reading.tokens
                     self.progressed(member)
                 self._admit(member, reading, member.finished - finished, time.monotonic() - looked)
@@ -263,7 +380,7 @@ class Fleet:
             silence = time.monotonic() - life.progress_at
             hangs = bool(member.load) and silence > timeout and member.life is life and not paused
             fault = f"no token of its {member.load} open samples for {silence:.0f} s (rollout.progress_timeout)"
-            if hangs or self.ended(member.index):
+            if hangs or not self.servers.alive(member.index):
                 with contextlib.suppress(SickError):  # its requests, or those to come, say so
                     await self.attend(member, life, fault, is_fatal=hangs)
 

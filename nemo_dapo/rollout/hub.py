@@ -309,3 +309,12 @@ def write_run_file(run_dir: Path, addresses: Collection[str], token: str) -> Pat
         json.dump({"addresses": list(addresses), "token": token}, file)
     os.replace(beside, path)
     return path
+
+
+def read_run_file(path: Path) -> tuple[list[str], str]:
+    """(addresses, token); raises OSError or ValueError where the file is not there, not whole, or not this one."""
+    said = json.loads(path.read_text())
+    try:
+        return [str(address) for address in said["addresses"]], str(said["token"])
+    except (KeyError, TypeError) as problem:
+        raise ValueError(f"{path} is no {RUN_FILE} of a run") from problem

@@ -60,9 +60,10 @@ class Plan:
     seed: int  # of the fleet's first server
     api_key: str
     log_dir: str
-    shared_file: str  # which the node sees where the run's folder is everyone's
+    run_file: str  # which the node sees, with the run's token in it, where the run's folder is everyone's
     spans_hosts: bool  # then servers listen on the address by which the node reaches the hub
-    scratch: str = ""  # folder for the servers' sockets; "" = the agent makes one
+    weight_bytes: int = 0  # of one version
+    weight_token: str = ""  # which the receiver of weights is shown
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ class Report:
     vllm: str  # versions in the servers' environment, "" where it has none
     nccl: str
     model: dict[str, Any]  # hf_folder.fingerprint
-    folder: str = ""  # for weights, in the node's memory
-    receive_port: int = 0  # for weights
+    place: dict[str, str] = field(default_factory=dict)  # of its weights: a weights.Place
     problems: list[str] = field(default_factory=list)
 
 
@@ -93,7 +93,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Call:
-    """`action` is start (all servers; index is not read) or restart (server `index` of the fleet)."""
+    """`action` is start (all servers; index is not read), or restart or end (server `index` of the fleet)."""
 
     number: int
     action: str

@@ -24,7 +24,8 @@ from nemo_dapo.rollout import admission, client, control, wire
 from nemo_dapo.rollout.admission import Reading
 from nemo_dapo.rollout.fleet import Fleet, HopelessError, Life, Member
 from nemo_dapo.rollout.loop import LoopThread
-from nemo_dapo.rollout.servers import ServersClosedError, VLLMServers
+from nemo_dapo.rollout.nodes import ServingNodes
+from nemo_dapo.rollout.servers import ServersClosedError
 from nemo_dapo.rollout.weights import push
 from nemo_dapo.rollout.weights.ledger import Ledger, NoWeightsError
 from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
@@ -52,16 +53,9 @@ class Upkeep:
     nothing by our own doing.
     """
 
-    def __init__(
-        self,
-        config: RolloutConfig,
-        servers: VLLMServers,
-        ledger: Ledger,
-        node_of: Callable[[int], str],
-        loop: LoopThread,
-    ) -> None:
-        """`ledger` says what the node `node_of(index)` holds for its servers."""
-        self.config, self.servers, self.ledger, self.node_of = config, servers, ledger, node_of
+    def __init__(self, config: RolloutConfig, servers: ServingNodes, ledger: Ledger, loop: LoopThread) -> None:
+        """`ledger` says what each node holds for its servers."""
+        self.config, self.servers, self.ledger = config, servers, ledger
         self.describe = servers.describe
         self.version = INITIAL_VERSION
         self.restarts = 0
@@ -77,10 +71,11 @@ class Upkeep:
         fleet = Fleet(
             len(self.servers),
             self.config.max_concurrent_sequences,
+            self.servers,
+            self._restart,
             cache_target=self.config.kv_cache_target,
-            ended=lambda index: None if self.servers.alive(index) else self.servers.describe_exit(index),
-            restart=self._restart,
-            describe=self.servers.describe,
+            least=self.config.min_servers,
+            patience=self.config.start_timeout,
         )
         self._watch = asyncio.ensure_future(fleet.watch(self.look, self.config.progress_timeout, self.paused))
         return fleet
@@ -112,7 +107,7 @@ class Upkeep:
         try:
             with self.ledger.finish(everyone) as version:
                 # A restart that is under way waits for the ledger and ends with these weights: nobody waits for it.
-                members = [m for m in self.fleet.members if not m.is_down or self._has_newest[m.index]]
+                members = [m for m in self.fleet.members if not m.is_down or self._comes_back(m.index)]
                 held = self._run(all_or_none([self._hold(member) for member in members]))
                 self.version = version
             calls = [self._update(m, life, fault) for m, (life, fault) in zip(members, held, strict=True)]
@@ -128,22 +123,43 @@ class Upkeep:
         return member.life, await self._fault_of(member, "pause", push.pause)
 
     async def _update(self, member: Member, life: Life, fault: str | None) -> None:
-        async with member.repair:  # a restart, which may have ended with the weights before
-            now = member.life
+        await self._while_there(member, self.fleet.settled(member))  # a restart may have ended with the weights before
+        now = member.life
         if now is not life:
             fault = None  # of a life that is over
-        fault = fault or await self._fault_of(member, "take the weights", functools.partial(self._take, member.index))
+        if not (fault or self.ledger.holds(self.node_of(member.index))):
+            member.is_stale = True  # its node got nothing, as the log says; the next update brings it back
+            return
+        fault = fault or await self._fault_of(member, "take the weights", functools.partial(self._take, member))
         if fault and self.asleep:  # a fresh server takes its whole share of a device where the trainer still is
             log.error("%s; it is restarted when the others wake up", fault)
             self._unwell[member.index] = now, fault
         elif fault:
-            await self.fleet.attend(member, now, fault, is_fatal=True)
+            await self._while_there(member, self.fleet.attend(member, now, fault, is_fatal=True))
 
-    async def _take(self, index: int, http: httpx.AsyncClient, deadline: float) -> None:
-        with self.ledger.loading(self.node_of(index)) as held:
+    def node_of(self, index: int) -> str:
+        return self.servers.servers[index].node
+
+    def _comes_back(self, index: int) -> bool:
+        """Whether a server that is being restarted is about to serve with the weights of before."""
+        return self._has_newest[index] and not self.servers.is_away(index)
+
+    async def _while_there(self, member: Member, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for what is done about a server, unless that waits for a node: then it goes on by itself."""
+        task = asyncio.ensure_future(work)
+        while not task.done() and not self.servers.is_away(member.index):
+            await asyncio.wait({task}, timeout=PULSE_SECONDS / 4)
+        if task.done():
+            task.result()
+        else:
+            self.fleet.leave_to_itself(task)
+
+    async def _take(self, member: Member, http: httpx.AsyncClient, deadline: float) -> None:
+        with self.ledger.loading(self.node_of(member.index)) as held:
             assert held is not None  # after an update
             # Without its cache a server cannot go on.
             await push.push_weights(http, held, deadline, resume=not self.asleep)
+            member.version, member.is_stale = held.version, False
 
     # ---------------------------------------------------------------- sleep
 
@@ -171,7 +187,9 @@ class Upkeep:
         self.asleep = set()
         unwell, self._unwell = self._unwell, {}
         faults = [(self.fleet.members[index], *what) for index, what in unwell.items()]
-        self._run(all_or_none([self.fleet.attend(m, life, fault, is_fatal=True) for m, life, fault in faults]))
+        attend = self.fleet.attend
+        repairs = (self._while_there(m, attend(m, life, fault, is_fatal=True)) for m, life, fault in faults)
+        self._run(all_or_none(list(repairs)))
         self.paused[:] = [reason for reason in self.paused if reason != ASLEEP]
 
     def _everywhere(self, route: str, params: dict[str, str]) -> None:
@@ -181,8 +199,8 @@ class Upkeep:
             await control.call(http, "POST", route, deadline, params=params)
 
         async def each(member: Member) -> None:
-            async with member.repair:  # a restart under way would bring it up awake
-                life = member.life
+            await self._while_there(member, self.fleet.settled(member))  # a restart under way would bring it up awake
+            life = member.life
             if member.index in self._unwell:
                 return
             if fault := await self._fault_of(member, f"answer {route}", ask):
@@ -242,26 +260,37 @@ class Upkeep:
     # ---------------------------------------------------------------- restarts
 
     def _restart(self, index: int, fault: str) -> None:
-        """Start a server anew with the newest weights. Raises HopelessError where there are none."""
+        """Start a server anew with the newest weights; where its node lost them, it waits for the next.
+
+        Raises HopelessError where no other server could serve until then.
+        """
         self._has_newest[index] = False
-        with self._newest(index, fault):
-            self.restarts += 1
+        self._require_hope(index, fault)
+        self.restarts += 1
         try:
             self.servers.restart(index)
         except ServersClosedError as closed:
             raise HopelessError(str(closed)) from closed
-        with self._newest(index, fault) as held:  # an update may have come meanwhile
-            self.prepare(index, held)
-            self._has_newest[index] = True
+        member = self.fleet.members[index]
+        try:
+            with self.ledger.loading(self.node_of(index)) as held:  # an update may have come meanwhile
+                self.prepare(index, held)
+                member.is_stale = False
+        except NoWeightsError as none:
+            self._require_hope(index, fault)
+            self.prepare(index)
+            member.is_stale = True
+            log.warning("%s serves again after the next weight update: %s", self.describe(index), none)
+        self._has_newest[index] = True
 
-    @contextlib.contextmanager
-    def _newest(self, index: int, fault: str) -> Iterator[Held | None]:
-        with contextlib.ExitStack() as stack:
-            try:
-                held = stack.enter_context(self.ledger.loading(self.node_of(index)))
-            except NoWeightsError as none:
+    def _require_hope(self, index: int, fault: str) -> None:
+        """Raise HopelessError where a server would have no weights, and nobody else would bring the next update about."""
+        try:
+            with self.ledger.loading(self.node_of(index)):
+                return
+        except NoWeightsError as none:
+            if not any(self.fleet.can_serve(other) for other in self.fleet.members if other.index != index):
                 raise HopelessError(f"{none}; {fault}") from none
-            yield held
 
     def prepare(self, index: int, held: Held | None = None) -> None:
         """What a fresh server needs once: the transfer engine, its version, and the weights that its node holds."""
@@ -273,6 +302,7 @@ class Upkeep:
                 index,
             )
         self.asked[index] = server
+        self.fleet.members[index].version = held.version if held else INITIAL_VERSION
         self.fleet.members[index].admission.begin(reading)
 
     async def _agree(

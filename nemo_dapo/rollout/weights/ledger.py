@@ -65,9 +65,10 @@ class Ledger:
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._is_updating)
-            if self._held is not None and node not in self._held:
-                raise NoWeightsError(f"the last update failed, so there are no weights for a server of node {node}")
-            held = self._held[node] if self._held else None
+            held = None
+            if self._held is not None and (held := self._of(node)) is None:
+                why = "it lost what it held" if node in self._held else "the last update failed"
+                raise NoWeightsError(f"{why}, so there are no weights for a server of node {node}")
             self._loading += 1
         try:
             yield held
@@ -75,6 +76,14 @@ class Ledger:
             with self._changed:
                 self._loading -= 1
                 self._changed.notify_all()
+
+    def holds(self, node: str) -> bool:
+        """Whether `node` has the newest weights in the folder that is its own now."""
+        return self._of(node) is not None
+
+    def _of(self, node: str) -> Held | None:
+        held = (self._held or {}).get(node)
+        return held if held and any(p.node == node and p.folder == held.folder for p in self.places()) else None
 
     def close(self) -> None:
         """Let those go on who wait for an update, however it ended."""

@@ -60,11 +60,16 @@ class WeightStore:
 
     def place(self, address: str = "") -> Place:
         """How ranks find the folder."""
-        return Place(self.node, str(self.folder), self.nonce, address)
+        return place_of(self.folder, self.node, address)
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
+
+
+def place_of(folder: Path, node: str, address: str = "") -> Place:
+    """How ranks find a store's folder; `address` is that of the receiver that fills it for other hosts."""
+    return Place(node, str(folder), (folder / NONCE).read_text(), address)
 
 
 class WeightWriter:
