@@ -17,6 +17,7 @@ from nemo_dapo import ending, entry
 from nemo_dapo.config import OverlongConfig, RunConfig, validate, validate_evaluation
 from nemo_dapo.config import checks as checks_between_options
 from nemo_dapo.config import layout as checks_of_layouts
+from nemo_dapo.config.placement import split_address
 
 CONF = Path(__file__).parents[1] / "conf"
 MODEL = {
@@ -415,3 +416,36 @@ def test_an_interpreter_for_vllm_that_does_not_exist_is_refused(
     arguments = [*command, "rollout.python=/nowhere/python"]
     assert refused(lambda run: None, *arguments, monkeypatch=monkeypatch) == 2
     assert "rollout.python='/nowhere/python' is no program" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["rollout.placement=dedicated"], "rollout.nodes=0 waits for nobody"),
+        (["rollout.nodes=2"], "rollout.nodes=2 is for rollout.placement=dedicated, and it is local"),
+        (["rollout.servers=[http://127.0.0.1:8000]"], "rollout.servers is for rollout.placement=attach"),
+        (["rollout.placement=attach"], "needs your servers"),
+        (["rollout.placement=attach", "rollout.servers=[127.0.0.1:8000]"], "must be http://host:port"),
+        (["rollout.placement=attach", "rollout.servers=['http://far:1']"], "'http://far:1' is on another host"),
+        (
+            ["rollout.placement=attach", "rollout.servers=['http://localhost:1','http://localhost:1']"],
+            "names a server twice",
+        ),
+        (["rollout.min_servers=3", "rollout.num_servers=2"], "rollout.min_servers=3 exceeds the 2 server(s)"),
+        (
+            ["rollout.placement=dedicated", "rollout.nodes=2", "rollout.min_servers=3"],
+            "rollout.min_servers=3 exceeds the 2 server(s)",
+        ),
+        (["rollout.listen=head"], "rollout.listen='head' must be host:port"),
+        (["rollout.listen='head:99999'"], "must be host:port"),
+    ],
+)
+def test_placements_that_contradict_themselves_are_refused_with_the_remedy(
+    options: list[str], said: str, command: list[str]
+) -> None:
+    assert said in complaint(*command, *options)
+
+
+def test_an_address_to_listen_on_may_leave_the_host_open() -> None:
+    found = [split_address(one) for one in ("", ":29600", "head:29600", "[fd00::1]:1")]
+    assert found == [("", 0), ("", 29600), ("head", 29600), ("fd00::1", 1)]

@@ -15,12 +15,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_dapo.config import Placement
+from nemo_dapo.config import Placement, RolloutConfig
 from nemo_dapo.rollout.agent import ENDED
+from nemo_dapo.rollout.attached import AttachedServers
+from nemo_dapo.rollout.command import choose_ports
 from nemo_dapo.rollout.nodes import ServingNodes, reachable_as
 from nemo_dapo.rollout.servers import ServersClosedError
 from tests.agents import end_of, serving, start_agent
 from tests.stand_in_server import wait_for
+from tests.stand_in_vllm import ROOT, interpreter
 
 CHILDREN_GONE_SECONDS = 60.0
 
@@ -211,3 +214,27 @@ def test_two_threads_may_end_a_run_at_once(nodes):
     for thread in threads:
         thread.join(30)
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_attached_servers_are_waited_for_and_never_started_or_ended(tmp_path, monkeypatch):
+    port = choose_ports("127.0.0.1", 0, 1)[0]
+    monkeypatch.setenv("NEMO_DAPO_API_KEY", "k")
+    config = RolloutConfig(placement=Placement.attach, servers=[f"http://127.0.0.1:{port}/"], start_timeout=30.0)
+    attached = AttachedServers(config, 8)
+    command = [interpreter(tmp_path / "interpreter"), "--port", str(port)]
+    server = subprocess.Popen(command, env={**os.environ, "VLLM_API_KEY": "k"}, cwd=ROOT, start_new_session=True)
+    try:
+        attached.start()
+        assert [place.node for place in attached.places()] == [attached.servers[0].node]
+        attached.end(0)
+        attached.restart(0)
+        config.start_timeout = 1.0
+        assert server.poll() is None
+        server.kill()
+        server.wait()
+        with pytest.raises(TimeoutError, match=rf"vLLM server 0 \(http://127.0.0.1:{port}, attached\) did not become"):
+            attached.restart(0)
+    finally:
+        attached.close()
+        server.kill()
+        server.wait()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import urllib.parse
 from collections.abc import Iterator
 
 from nemo_dapo.config.schema import LAST_PORT, Placement, RolloutConfig
@@ -48,6 +50,11 @@ def _check_attached(r: RolloutConfig) -> Iterator[str]:
     for url in r.servers:
         if not URL.fullmatch(url):
             yield f"rollout.servers: {url!r} must be http://host:port"
+        elif urllib.parse.urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1", socket.gethostname()):
+            yield (
+                f"rollout.servers: {url!r} is on another host, and attached servers take their weights from the memory of "
+                "rank 0's; start agents there with rollout.placement=dedicated"
+            )
     if len(set(r.servers)) < len(r.servers):
         yield "rollout.servers names a server twice; name each once"
 

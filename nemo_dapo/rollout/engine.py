@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from nemo_dapo.config import Precision, RolloutConfig
+from nemo_dapo.config import Placement, Precision, RolloutConfig
 from nemo_dapo.hf_folder import expected_weights
 from nemo_dapo.rollout import client
+from nemo_dapo.rollout.attached import AttachedServers
 from nemo_dapo.rollout.command import DTYPES
 from nemo_dapo.rollout.fleet import Member
 from nemo_dapo.rollout.loop import LoopThread
@@ -45,7 +46,7 @@ class VLLMEngine:
     def __init__(
         self,
         config: RolloutConfig,
-        servers: ServingNodes,
+        servers: ServingNodes | AttachedServers,
         ledger: Ledger,
         sender: Sender,
         stop_token_ids: list[int],
@@ -107,7 +108,11 @@ class VLLMEngine:
         expected = expected_weights(model_path)
         ledger = Ledger(lambda: servers.places(), DTYPES[precision])
         weights = Weights(expected.num_elements * BYTES_PER_ELEMENT[precision], ledger.token)
-        servers = ServingNodes(config, model_path, precision, run_dir, seed, weights, names=nodes)
+        servers: ServingNodes | AttachedServers
+        if config.placement is Placement.attach:
+            servers = AttachedServers(config, weights.nbytes)
+        else:
+            servers = ServingNodes(config, model_path, precision, run_dir, seed, weights, names=nodes)
         try:
             engine = cls(config, servers, ledger, Sender(lambda: expected), stop_token_ids, vocab_size)
             engine.upkeep.paused.append(STARTING)
@@ -125,7 +130,7 @@ class VLLMEngine:
     @property
     def door(self) -> dict[str, Any]:
         """How agents that the run starts find the hub, as JSON; for `keeper.keep_agent`."""
-        return asdict(self.servers.door)
+        return asdict(self.servers.door) if isinstance(self.servers, ServingNodes) else {}
 
     @property
     def version(self) -> int:

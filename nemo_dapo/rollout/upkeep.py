@@ -22,6 +22,7 @@ import httpx
 from nemo_dapo.config import RolloutConfig
 from nemo_dapo.rollout import admission, client, control, wire
 from nemo_dapo.rollout.admission import Reading
+from nemo_dapo.rollout.attached import AttachedServers
 from nemo_dapo.rollout.fleet import Fleet, HopelessError, Life, Member
 from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.nodes import ServingNodes
@@ -53,7 +54,9 @@ class Upkeep:
     nothing by our own doing.
     """
 
-    def __init__(self, config: RolloutConfig, servers: ServingNodes, ledger: Ledger, loop: LoopThread) -> None:
+    def __init__(
+        self, config: RolloutConfig, servers: ServingNodes | AttachedServers, ledger: Ledger, loop: LoopThread
+    ) -> None:
         """`ledger` says what each node holds for its servers."""
         self.config, self.servers, self.ledger = config, servers, ledger
         self.describe = servers.describe
