@@ -108,6 +108,11 @@ class ServingNodes:
         slots = len(names) or config.nodes
         self.last: list[Node | None] = [None] * slots  # who holds each place, or held it last
         self.servers = [RemoteServer(i, i // config.num_servers, self) for i in range(slots * config.num_servers)]
+        if config.min_servers > len(self.servers):
+            raise ValueError(
+                f"rollout.min_servers={config.min_servers} exceeds the {len(self.servers)} servers of {slots} node(s); "
+                "lower it"
+            )
         self.closing, self._ending = threading.Event(), threading.Lock()
         self.token = choose_token()
         self.loop = LoopThread("hub")
