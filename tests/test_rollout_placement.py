@@ -137,10 +137,16 @@ def test_nodes_are_lost_at_any_time_and_come_back_by_themselves_with_the_newest_
     os.kill(cluster.agents["n2"].pid, signal.SIGCONT)
     assert end_of(cluster.agents["n2"])[0] != ENDED
 
-    said = capfd.readouterr().out
-    assert "vLLM server 1 on n2 (pid " in said
-    assert "serving -> lost; 1 of 2 serve" in said
-    assert "-> serving; 2 of 2 serve" in said
+    said = ""
+
+    def is_said(*words: str) -> bool:  # at the next look at the servers, which comes a moment later
+        nonlocal said
+        said += capfd.readouterr().out
+        return all(word in said for word in words)
+
+    assert wait_for(
+        lambda: is_said("server 1 on n2 (pid ", "serving -> lost; 1 of 2 serve", "-> serving; 2 of 2 serve")
+    )
 
     # Nobody is left: the run ends with each server's node and state, and not before the limit.
     cluster.engine.upkeep.fleet.patience = 2.0

@@ -330,13 +330,12 @@ class Fleet:
     async def _watch_number(self, paused: Sequence[str]) -> None:
         """End the run when fewer than `least` servers can serve for longer than `patience`; say what changes meanwhile."""
         enough_at = time.monotonic()
-        states: list[str] = []  # from the end of the start on
+        states = ["serving"] * len(self.members)  # as the start, a pause, leaves them
         while not self.too_few.done():
             await asyncio.sleep(min(LOOK_SECONDS, self.patience / 4))
             if paused:
                 enough_at = time.monotonic()
                 continue
-            states = states or [self.state(member) for member in self.members]
             self._say_changes(states)
             left = [one for one in self.members if self.can_serve(one)]
             if len(left) >= self.least:
