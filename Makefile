@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-fast check container docs bench faults matrix clean
+.PHONY: setup demo test test-fast check container docs bench faults matrix nodes clean
 
 setup: $(VENV)/.complete
 
@@ -58,5 +58,6 @@ faults: setup
 matrix: setup
 	$(BIN)/python benchmarks/parallelism.py --table docs/parallelism.md
 
-clean:
-	rm -rf $(VENV) runs build *.egg-info
+nodes: setup
+	@echo "== nodes: one job on several hosts under a real Slurm, as root; installs Debian's slurm-wlm, munge and iproute2"
+	$(BIN)/python benchmarks/nodes.py

@@ -31,6 +31,8 @@ class ScriptedEngine:
     """Random byte tokens at log-probability 0: what is sampled does not matter here."""
 
     version = 0
+    servers = ()
+    door = None
 
     async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
         return [self._sample(random.randrange(4, 17)) for _ in range(n)]

@@ -149,7 +149,7 @@ def test_python_and_yaml_blocks_can_be_read(page: Path) -> None:
 def commands(page: Path) -> list[list[str]]:
     """The words of every command in a fenced block that starts one of our scripts; a `…` stands for more of them."""
     lines = "\n".join(block for _, block in FENCE.findall(page.read_text())).replace("\\\n", " ").splitlines()
-    scripts = ("examples/train_dapo.py", "examples/evaluate.py", ".sbatch")
+    scripts = ("examples/train_dapo.py", "examples/evaluate.py", "colocated.sbatch", "dedicated.sbatch")
     return [shlex.split(line.replace("…", "")) for line in lines if any(script in line for script in scripts)]
 
 

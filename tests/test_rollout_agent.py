@@ -20,7 +20,7 @@ from nemo_dapo.config import Placement, RolloutConfig
 from nemo_dapo.rollout import host
 from nemo_dapo.rollout.agent import ENDED, LOST, REFUSED
 from nemo_dapo.rollout.agreement import Terms, refuse_node, refuse_report, refuse_version
-from nemo_dapo.rollout.hub import CallFailedError, NodeLostError, write_run_file
+from nemo_dapo.rollout.hub import CallFailedError, NodeLostError, listening_socket, write_run_file
 from nemo_dapo.rollout.messages import (
     PROTOCOL,
     Call,
@@ -318,6 +318,16 @@ def test_an_agent_ends_its_servers_on_sigterm_and_a_start_that_fails_is_told_wit
     os.kill(agent.pid, signal.SIGTERM)
     assert end_of(agent)[0] == ENDED
     assert wait_for(lambda: run.hub.nodes == [None])
+
+
+def test_all_addresses_of_a_host_have_the_same_free_port():
+    with listening_socket("", 0) as listener:
+        port = listener.getsockname()[1]
+        for address in ("127.0.0.1", *(["::1"] if socket.has_dualstack_ipv6() else [])):
+            socket.create_connection((address, port), timeout=5).close()
+    for address in ("127.0.0.1", "localhost"):
+        with listening_socket(address, 0) as listener:
+            assert listener.getsockname()[0] in ("127.0.0.1", "::1")
 
 
 def test_the_run_file_is_for_its_user_alone_and_replaced_at_each_start(tmp_path):

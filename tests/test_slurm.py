@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.checkpoints import tensors
-from tests.cluster import Cluster, Job, why_not
+from tests.cluster import Cluster, Job, slurm, why_not
 from tests.cluster.host import ROOT
 from tests.cluster.small_run import environment, options
 from tests.tiny import save_tiny_model
@@ -36,6 +36,25 @@ def test_shell_files_are_free_of_what_shellcheck_knows(path: Path) -> None:
     command = Path(sys.executable).with_name("shellcheck")
     done = subprocess.run([command, "--external-sources", path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_without_slurm_or_root_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "PATH", "/nowhere")
+    assert why_not() == "needs a real Slurm: apt-get install slurm-wlm munge iproute2"
+    monkeypatch.setattr(slurm, "NEEDED", {})
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    assert "root" in why_not()
+
+
+@pytest.mark.skipif(bool(reason), reason=reason)
+def test_a_container_that_may_not_make_namespaces_is_told_from_a_machine_that_may() -> None:
+    ask = [sys.executable, "-c", "from tests.cluster import why_not; print(why_not())"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["setpriv", "--bounding-set=-sys_admin", *ask], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("needs network and mount namespaces: "), done.stderr
+    assert "not permitted" in done.stdout
 
 
 @pytest.fixture(scope="module")

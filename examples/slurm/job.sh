@@ -27,7 +27,7 @@ check_nodes() {
         echo "the nodes named above cannot run this job: mend them, or leave them out by sbatch --exclude=NODE" >&2
         exit 1
     }
-    rm -f "$run_dir/.asked_to_stop"
+    rm -f "$run_dir/.asked_to_stop" "$run_dir/rollout.json" # an earlier run's, which agents would look for
     checkpoint_before=$(newest_checkpoint)
 }
 

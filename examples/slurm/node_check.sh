@@ -15,7 +15,7 @@ elif ! touch "$RUN_DIR/.node_check_$node" 2> /dev/null; then
 fi
 rm -f "$RUN_DIR/.node_check_$node"
 
-for module in torch megatron.core nemo nemo_dapo; do
+for module in torch megatron.core megatron.bridge nemo_dapo; do
     find="import importlib.util, sys; sys.exit(importlib.util.find_spec('$module') is None)"
     "$PYTHON" -c "$find" 2> /dev/null || miss "$PYTHON does not find $module: is the environment on a disk of all nodes?"
 done

@@ -16,7 +16,7 @@ export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="\${rank}: "
         --nproc-per-node "${RANKS_PER_NODE:-$SLURM_GPUS_ON_NODE}" \
         --master-addr "$HEAD_NODE" --master-port "$PORT" --rdzv-id "$SLURM_JOB_ID" \
         --log-dir "$RUN_DIR/logs/$SLURMD_NODENAME" --tee 3 \
-        examples/train_dapo.py name="$SLURM_JOB_NAME" output_dir="$RUN_DIR" checkpoint.on_signal=true "$@"
+        "${SCRIPT:-examples/train_dapo.py}" name="$SLURM_JOB_NAME" output_dir="$RUN_DIR" checkpoint.on_signal=true "$@"
 ) &
 launcher=$!
 # shellcheck disable=SC2329  # the trap calls it

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,9 +143,8 @@ class Hub:
         app.on_response_prepare.append(_say_no_more)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSE_SECONDS)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host or None, port)
         try:
-            await site.start()
+            await web.SockSite(self._runner, listening_socket(host, port)).start()
         except OSError as problem:
             await self._runner.cleanup()
             raise ValueError(
@@ -318,3 +318,11 @@ def read_run_file(path: Path) -> tuple[list[str], str]:
         return [str(address) for address in said["addresses"]], str(said["token"])
     except (KeyError, TypeError) as problem:
         raise ValueError(f"{path} is no {RUN_FILE} of a run") from problem
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """One socket, where `host` is empty for IPv4 and IPv6 alike: two of them would get two different free ports."""
+    if not host and socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((host, port), family=family)

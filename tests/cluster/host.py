@@ -35,6 +35,7 @@ class Host:
         self.name = name
         self._script = f"set -e{FIRST_PROCESS.format(name=name, names=names)}"
         self.first = 0  # process id, as the machine counts
+        self._namespace = ""  # of the processes
 
     def switch_on(self) -> None:
         """Raises RuntimeError with what the kernel refused."""
@@ -54,6 +55,7 @@ class Host:
         if said.strip() != "up":
             raise RuntimeError(f"{self.name} does not start: {said}{self._unshare.communicate()[0]}")
         self.first = int(Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children").read_text())
+        self._namespace = os.readlink(f"/proc/{self.first}/ns/pid")
 
     def switch_off(self) -> None:
         """As by a power cut: every process at once."""
@@ -104,9 +106,3 @@ class Host:
             return os.readlink(f"/proc/{pid}/ns/pid") == self._namespace and "\nState:\tZ" not in status
         except OSError:  # ended while we looked
             return False
-
-    @property
-    def _namespace(self) -> str:
-        if not hasattr(self, "_pid_namespace") or self._of != self.first:
-            self._of, self._pid_namespace = self.first, os.readlink(f"/proc/{self.first}/ns/pid")
-        return self._pid_namespace

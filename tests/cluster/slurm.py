@@ -6,6 +6,7 @@ sees an /etc/hosts of its own.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import secrets
@@ -67,8 +68,11 @@ class Job:
     @property
     def console(self) -> str:
         """What it has printed so far."""
-        path = Path(self["StdOut"])
-        return path.read_text(errors="replace") if path.exists() else ""
+        return self._output.read_text(errors="replace") if self._output.exists() else ""
+
+    @functools.cached_property
+    def _output(self) -> Path:
+        return Path(self["StdOut"])
 
     def wait(self, seconds: float, *states: str) -> str:
         """Its state, once that is one of `states`, by default any that it cannot leave; TimeoutError after `seconds`."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tests.cluster.host import ROOT
 
+GROUPS, SAMPLES = 4, 4  # of a step
+
 
 def options(folder: Path, *, steps: int) -> list[str]:
     """Of a run of `steps` steps on the model at `folder/model`, with float32 so that trainer and vLLM agree to rounding."""
@@ -21,8 +23,8 @@ def options(folder: Path, *, steps: int) -> list[str]:
         "reward.overlong.buffer=0",
         "rollout.max_response_length=16",
         "rollout.vllm.max_model_len=64",
-        "algorithm.prompts_per_step=4",
-        "algorithm.group_size=4",
+        f"algorithm.prompts_per_step={GROUPS}",
+        f"algorithm.group_size={SAMPLES}",
         "algorithm.minibatch_size=8",
         "algorithm.dynamic_sampling=false",
         f"trainer.max_steps={steps}",
