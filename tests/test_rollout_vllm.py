@@ -282,7 +282,7 @@ def test_of_requests_that_wait_the_earlier_group_s_is_served_first_though_it_cam
             base_url=url, headers=headers, timeout=300, trust_env=False, limits=limits
         ) as http:
             # Lengths differ, so that places come free a few at a time.
-            tasks = [asyncio.create_task(ask(http, 0, 200 + i % 64)) for i in range(288)]
+            tasks = [asyncio.create_task(ask(http, 0, 320 + i % 64)) for i in range(288)]
             for priority, waiting in ((9, 32), (5, 40)):
                 all_wait = lambda n=waiting: metric(vllm_engine, "num_requests_waiting") >= n  # noqa: E731
                 assert await asyncio.to_thread(wait_until, all_wait)
@@ -323,7 +323,7 @@ def test_a_server_sleeps_once_and_wakes_once(vllm_engine, monkeypatch):
 
 def check_refusal(engine: VLLMEngine) -> None:
     """A bit that flips in the node's memory is refused by the name of its tensor, and the server is not resumed."""
-    folder, server = engine.store.folder, engine.servers.servers[0]
+    folder, server = Path(engine.servers.places()[0].folder), engine.servers.servers[0]
     table = read_table(folder)
     victim = table.entries[len(table.entries) // 2]
     with (folder / DATA).open("r+b") as file:
