@@ -508,15 +508,15 @@ def test_bad_rows_are_counted_and_a_port_in_use_ends_the_run(refused: Refused) -
     assert "rollout.port" in error
 
 
-def test_a_server_that_dies_at_start_ends_every_rank(bench: Path) -> None:
-    dying = shutil.which("false")
-    assert dying
-    code, job = run(bench, [*options(bench), f"rollout.python={dying}"], ranks=2)
+def test_an_interpreter_that_can_run_no_server_ends_every_rank(bench: Path) -> None:
+    useless = shutil.which("false")
+    assert useless
+    code, job = run(bench, [*options(bench), f"rollout.python={useless}"], ranks=2)
     assert code != 0
     (error,) = job.errors  # of the rank with the cause alone
-    assert "rank 0: RuntimeError: vLLM server 0 ended with exit code 1" in error
+    for part in ("rank 0: RuntimeError: node ", f"is refused: rollout.python={useless}", "pip install"):
+        assert part in error
     said = job.err.read_text()
-    assert "remedy: " in said
     assert re.search(r"Root Cause.*?rank +: 0 ", said, re.DOTALL), (
         "torchrun names another rank as the first that failed"
     )
