@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.node_jobs import DEDICATED, counted, install, submit  # noqa: E402
+from benchmarks.rank_faults import Case  # noqa: E402
 from nemo_dapo.telemetry.escape import printable  # noqa: E402
 from tests.cluster import Cluster  # noqa: E402
 from tests.cluster.host import Host  # noqa: E402
@@ -53,16 +54,6 @@ LONG = (
     "checkpoint.every=0",
 )
 SAMPLES_A_STEP = 16 * 8
-
-
-@dataclass(frozen=True)
-class Case:
-    victim: str
-    fault: str
-    phase: str
-
-    def __str__(self) -> str:
-        return f"{self.victim}:{self.fault}:{self.phase}"
 
 
 def all_cases() -> list[Case]:
