@@ -42,8 +42,11 @@ def nodes(tmp_path: Path) -> Iterator[Callable[..., ServingNodes]]:
         each.close()
 
 
-def below() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+@pytest.fixture
+def below() -> Callable[[], list[psutil.Process]]:
+    """The processes below this one that the test started: other tests of the session may have left it a helper."""
+    before = set(psutil.Process().children(recursive=True))
+    return lambda: [one for one in psutil.Process().children(recursive=True) if one not in before]
 
 
 def gone(processes: list[psutil.Process]) -> bool:
@@ -56,7 +59,7 @@ def agent_of(nodes: ServingNodes) -> psutil.Process:
     return psutil.Process(node.hello.pid)
 
 
-def test_the_servers_of_one_host_are_started_killed_restarted_and_their_agent_is_kept(nodes, tmp_path, caplog):
+def test_the_servers_of_one_host_are_started_killed_restarted_and_their_agent_is_kept(nodes, tmp_path, below):
     run = nodes(num_servers=2)
     run.start()
     started = below()
@@ -94,7 +97,7 @@ def test_the_servers_of_one_host_are_started_killed_restarted_and_their_agent_is
         run.restart(0)
 
 
-def test_a_server_that_dies_at_start_is_reported_with_its_log_and_the_remedy(nodes, tmp_path):
+def test_a_server_that_dies_at_start_is_reported_with_its_log_and_the_remedy(nodes, tmp_path, below):
     run = nodes(num_servers=2)
     path = tmp_path / "interpreter"
     path.write_text(path.read_text().replace("  *) exec", "  *) echo 'ValueError: no such model'; exit 3; exec"))
@@ -103,7 +106,7 @@ def test_a_server_that_dies_at_start_is_reported_with_its_log_and_the_remedy(nod
     assert gone(below())
 
 
-def test_a_node_of_the_run_that_cannot_serve_ends_the_start_with_the_reason(nodes, tmp_path):
+def test_a_node_of_the_run_that_cannot_serve_ends_the_start_with_the_reason(nodes, tmp_path, below):
     run = nodes(probe="echo no such interpreter >&2; exit 1")
     with pytest.raises(
         RuntimeError, match=r"node .* is refused: rollout.python=.* cannot say what it has \(no such int"
@@ -112,7 +115,7 @@ def test_a_node_of_the_run_that_cannot_serve_ends_the_start_with_the_reason(node
     assert gone(below())
 
 
-def test_closing_from_another_thread_ends_the_start_at_once(nodes, tmp_path):
+def test_closing_from_another_thread_ends_the_start_at_once(nodes, tmp_path, below):
     run = nodes()
     path = tmp_path / "interpreter"
     path.write_text(path.read_text().replace("  *) exec", "  *) sleep 987; exec"))
