@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from nemo_dapo.phase import Phase
 from nemo_dapo.rollout import client
 from nemo_dapo.rollout.answers import Expected
+from nemo_dapo.rollout.received import Received
 from nemo_dapo.rollout.weights.send import Sender
 from nemo_dapo.trainer import DAPOTrainer
 from nemo_dapo.types import Prompt, SamplingParams
@@ -43,12 +44,11 @@ UPDATE_SECONDS, TENSOR_SECONDS = 10.0, 0.4  # of a long update, and for each of 
 async def greedy(url: str, headers: dict[str, str]) -> dict[str, Any]:
     """One server's answer to PROMPT."""
     prompt = Prompt(uid="greedy", token_ids=PROMPT, problem="", ground_truth="")
-    body = client.request_body(prompt, GREEDY, [1])
+    body, received = client.request_body(prompt, GREEDY, [1]), Received(GREEDY.max_tokens)
     async with client.session(headers) as http:
-        answer = await client.sample(
-            http, client.Server(url), body, Expected("greedy", GREEDY.max_tokens, frozenset([1])), lambda *_: None
-        )
-    return {"ids": answer.token_ids.tolist(), "logprobs": answer.logprobs.tolist()}
+        expected = Expected("greedy", GREEDY.max_tokens, frozenset([1]))
+        await client.sample(http, client.Server(url), body, expected, received.add)
+    return {"ids": received.token_ids.tolist(), "logprobs": received.logprobs.tolist()}
 
 
 def ask_all(engine: Any) -> dict[int, dict[str, Any]]:

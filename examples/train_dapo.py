@@ -33,6 +33,7 @@ from nemo_dapo.config import Placement, RunConfig
 from nemo_dapo.data.check import check_data
 from nemo_dapo.ending import Ending
 from nemo_dapo.entry import is_rank_zero
+from nemo_dapo.garbage import spare_what_is_here
 from nemo_dapo.redaction import redacted
 
 CONFIG = Path(__file__).resolve().parents[1] / "conf" / "config.yaml"
@@ -95,6 +96,7 @@ def train(config: RunConfig, ending: Ending) -> None:
         trainer = DAPOTrainer(
             config, run_dir, policy, controller, group, resumed=resumed, phase=ending.phase, stop=signalled
         )
+        spare_what_is_here()
         trainer.fit()
         steps = trainer.progress.rollout_steps
         if steps < config.trainer.max_steps:

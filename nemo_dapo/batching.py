@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,16 +72,16 @@ def make_batch(groups: Sequence[Group], advantages: Tensor, *, overlong_filter: 
     kept = [0 if overlong_filter and sample.truncated else len(sample.token_ids) for _, sample in samples]
     prompt_lengths = torch.tensor([len(prompt.token_ids) for prompt, _ in samples], dtype=torch.int64)
     lengths = prompt_lengths + torch.tensor(kept, dtype=torch.int64)
-    tokens = torch.empty(int(lengths.sum()), dtype=torch.int32)
-    logprobs = torch.zeros(tokens.numel(), dtype=torch.float32)
-    ids, values, at = tokens.numpy(), logprobs.numpy(), 0
+    # By numpy, which asks for huge pages: a step is gigabytes, and the kernel gives them out page by page.
+    ids, values, at = np.empty(int(lengths.sum()), np.int32), np.empty(int(lengths.sum()), np.float32), 0
     for (prompt, sample), length in zip(samples, kept, strict=True):
         response = at + len(prompt.token_ids)
-        ids[at:response] = prompt.token_ids
+        ids[at:response], values[at:response] = prompt.token_ids, 0
         at = response + length
         ids[response:at] = sample.token_ids[:length]
         values[response:at] = sample.logprobs[:length]
-    return TrainBatch(tokens, lengths, prompt_lengths, logprobs, advantages.flatten().to(torch.float32))
+    scores = advantages.flatten().to(torch.float32)
+    return TrainBatch(torch.from_numpy(ids), lengths, prompt_lengths, torch.from_numpy(values), scores)
 
 
 def costs(lengths: Sequence[int], hidden_size: int) -> list[float]:

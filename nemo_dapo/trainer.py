@@ -182,8 +182,9 @@ class DAPOTrainer:
             error = RuntimeError(
                 f"trainer and vLLM disagree on the log-probabilities of the same tokens by {gap:.2g} nats on average, "
                 f"expected at most rollout.max_logprob_gap={limit}: training on this pair would follow noise. Compare the "
-                "precision of both (model.precision, the server log), try rollout.vllm.enforce_eager=true, or raise "
-                "the limit"
+                "precision of both (model.precision, the server log; FP8 on one side alone), try "
+                "rollout.vllm.enforce_eager=true, or raise the limit, as a mixture of experts may need: each side routes "
+                "some tokens otherwise"
             )
             raise found_alike(error)
         if not gap <= limit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from nemo_dapo.garbage import no_full_collections
+from nemo_dapo.garbage import no_full_collections, spare_what_is_here
 
 MANY = 1_000_000
 
@@ -25,3 +25,13 @@ def test_only_young_objects_are_looked_at_meanwhile_and_everything_again_afterwa
         assert gc.get_stats()[0]["collections"] > young
     assert gc.get_threshold() == threshold
     assert full_collections_of(MANY) > 0
+
+
+def test_what_the_start_built_is_never_visited_again() -> None:
+    built = [[] for _ in range(MANY)]
+    try:
+        spare_what_is_here()
+        assert gc.get_freeze_count() >= len(built)
+        assert not any(one is built for one in gc.get_objects())
+    finally:
+        gc.unfreeze()

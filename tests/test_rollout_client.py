@@ -26,6 +26,7 @@ from nemo_dapo.rollout import upkeep as upkeep_module
 from nemo_dapo.rollout.engine import VLLMEngine
 from nemo_dapo.rollout.fleet import MAX_RESTARTS, Fleet
 from nemo_dapo.rollout.progress import Progress
+from nemo_dapo.rollout.received import Received
 from nemo_dapo.rollout.requests import MAX_LATE, MAX_LOST, MAX_TRIES
 from nemo_dapo.rollout.weights.ledger import Ledger
 from nemo_dapo.rollout.weights.plan import Sent
@@ -353,7 +354,7 @@ def two_frames(monkeypatch) -> threading.Event:
 
     def noting(self: Progress, token_ids: wire.Ids, logprobs: wire.Logprobs) -> None:
         add(self, token_ids, logprobs)
-        if self.received == 2:
+        if self.received.size == 2:
             arrived.set()
 
     monkeypatch.setattr(Progress, "add", noting)
@@ -887,16 +888,21 @@ def test_whoever_came_first_is_served_first_but_for_retries_and_those_who_gave_u
     assert asyncio.run(scenario()) == ["d", "c"]
 
 
-def test_the_arrays_of_an_answer_are_the_wire_s_own(start):
-    async def scenario() -> client.Answer:
+def test_the_tokens_of_an_answer_are_arrays_from_the_wire_on(start):
+    received = Received(4)
+
+    async def scenario() -> None:
         async with client.session({}) as http:
             body = client.request_body(PROMPT, PARAMS, [1])
             expected = client.Expected("p-17", 4, frozenset({1}))
-            return await client.sample(http, client.Server(start().url), body, expected, lambda ids, logprobs: None)
+            await client.sample(http, client.Server(start().url), body, expected, on_tokens)
 
-    answer = asyncio.run(scenario())
-    assert answer.token_ids.dtype == np.int32
-    assert answer.logprobs.dtype == np.float32
+    def on_tokens(ids: wire.Ids, logprobs: wire.Logprobs) -> None:
+        assert (ids.dtype, logprobs.dtype) == (np.int32, np.float32)
+        received.add(ids, logprobs)
+
+    asyncio.run(scenario())
+    assert received.size
 
 
 def test_requests_begin_a_few_at_a_turn_of_the_event_loop(engine_over: Callable[..., VLLMEngine]) -> None:

@@ -38,6 +38,14 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Ending:
+    """How an answer ended whose tokens were given away as they came; `versions` count from its first token."""
+
+    finish_reason: str
+    versions: tuple[VersionSpan, ...]
+
+
+@dataclass(frozen=True)
 class Expected:
     """What was asked for. `vocab_size` 0 = unknown; `oldest_version` is that of the weights when the request was sent."""
 
@@ -146,6 +154,10 @@ def from_json(body: Any, expected: Expected, assumed_version: int | None) -> Ans
         raise UnusableAnswerError(
             f"sample of prompt {expected.uid}: no answer of vLLM's generate route: {type(error).__name__}: {error}"
         ) from error
+    if len(answer.logprobs) != len(answer.token_ids):
+        raise UnusableAnswerError(
+            f"sample of prompt {expected.uid}: {len(answer.logprobs)} log-probabilities for {len(answer.token_ids)} tokens"
+        )
     if scored and scored != token_ids:
         raise UnusableAnswerError(f"sample of prompt {expected.uid}: the log-probabilities are of other tokens")
     return answer

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import numpy as np
 
 from nemo_dapo.rollout import answers, wire
-from nemo_dapo.rollout.answers import Answer, Expected, UnusableAnswerError
+from nemo_dapo.rollout.answers import Answer, Ending, Expected, UnusableAnswerError
 from nemo_dapo.telemetry.escape import printable
 from nemo_dapo.types import Prompt, SamplingParams, VersionSpan
 
@@ -36,7 +35,7 @@ FILES_BESIDE_CONNECTIONS = 512  # of a trainer rank with its workers, libraries 
 REQUEST_HEADERS = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 REFUSALS = (400, 413, 422)  # what a server says of a request that is wrong whoever serves it; the rest is about itself
 
-OnFrame = Callable[[wire.Ids, wire.Logprobs], None]
+OnTokens = Callable[[wire.Ids, wire.Logprobs], None]
 
 
 class ServerUnavailableError(ConnectionError):
@@ -123,11 +122,11 @@ async def sample(
     server: Server,
     body: bytes,
     expected: Expected,
-    on_frame: OnFrame,
-) -> Answer:
+    on_tokens: OnTokens,
+) -> Ending:
     """Send one request and read its answer, which may still be wrong (`answers.check`).
 
-    `on_frame` is called with what each frame but the last brings. Raises ServerUnavailableError when the
+    `on_tokens` is called with the tokens as they come, all of them. Raises ServerUnavailableError when the
     server is gone or busy, RefusedRequestError when it refuses the request, UnusableAnswerError for what is no answer.
     """
     route = wire.ROUTE if server.has_frames else JSON_ROUTE
@@ -135,12 +134,14 @@ async def sample(
         async with http.post(server.url + route, data=body, headers=REQUEST_HEADERS) as response:
             await _check_status(response, expected.uid)
             if server.has_frames:
-                return await _read_frames(response, server, expected, on_frame)
+                return await _read_frames(response, server, expected, on_tokens)
             limit = MAX_REFUSAL_BYTES + JSON_BYTES_PER_TOKEN * expected.max_tokens
             raw = await _read(response, limit)
     except (aiohttp.ClientError, asyncio.TimeoutError) as problem:
         raise ServerUnavailableError(f"{type(problem).__name__} {problem}".strip()) from problem
-    return _read_json(raw, expected, None if server.reports_versions else expected.oldest_version)
+    answer = _read_json(raw, expected, None if server.reports_versions else expected.oldest_version)
+    on_tokens(answer.token_ids, answer.logprobs)
+    return Ending(answer.finish_reason, answer.versions)
 
 
 async def _check_status(response: aiohttp.ClientResponse, uid: str) -> None:
@@ -164,38 +165,26 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
 
 
 async def _read_frames(
-    response: aiohttp.ClientResponse, server: Server, expected: Expected, on_frame: OnFrame
-) -> Answer:
+    response: aiohttp.ClientResponse, server: Server, expected: Expected, on_tokens: OnTokens
+) -> Ending:
     reader = wire.FrameReader(expected.max_tokens)
-    ids: list[wire.Ids] = []  # arrays alone: the garbage collector would visit each frame of thousands of open answers
-    logprobs: list[wire.Logprobs] = []
     last: wire.Frame | None = None
     try:
         async for piece in response.content.iter_any():
             for last in reader.feed(piece):
-                ids.append(last.token_ids)
-                logprobs.append(last.logprobs)
-                if last.kind == wire.TOKENS:
-                    on_frame(last.token_ids, last.logprobs)
+                on_tokens(last.token_ids, last.logprobs)
         reader.close()
     except wire.WireError as error:
         raise UnusableAnswerError(f"sample of prompt {expected.uid}: {error}") from error
     assert last is not None, "a stream that closed well had a last frame"
-    reason, versions = _read_end(last, expected.uid)
-    answer = Answer(_whole(ids), _whole(logprobs), reason, versions)
-    if answer.versions or server.reports_versions:
-        return answer
-    return dataclasses.replace(answer, versions=(VersionSpan(expected.oldest_version, 0, len(answer.token_ids)),))
+    ending = _read_end(last, expected.uid)
+    if ending.versions or server.reports_versions:
+        return ending
+    size = last.first + len(last.token_ids)
+    return dataclasses.replace(ending, versions=(VersionSpan(expected.oldest_version, 0, size),))
 
 
-def _whole(parts: list[Any]) -> Any:
-    """One read-only array, which a Sample then takes as it is."""
-    joined = np.concatenate(parts)
-    joined.flags.writeable = False
-    return joined
-
-
-def _read_end(last: wire.Frame, uid: str) -> tuple[str, tuple[VersionSpan, ...]]:
+def _read_end(last: wire.Frame, uid: str) -> Ending:
     """Finish reason and weight versions of an answer, by its last frame; raises what a failed one amounts to."""
     if last.kind == wire.FAILED:
         said = printable(last.extra.decode(errors="replace"), 300)
@@ -206,9 +195,8 @@ def _read_end(last: wire.Frame, uid: str) -> tuple[str, tuple[VersionSpan, ...]]
         final = last.final
         if final["total"] != last.first + len(last.token_ids):
             raise ValueError(f"it says {final['total']!r:.40} tokens and sent {last.first + len(last.token_ids)}")
-        return str(final["finish_reason"]), tuple(
-            VersionSpan(*(int(edge) for edge in span)) for span in final["versions"]
-        )
+        versions = tuple(VersionSpan(*(int(edge) for edge in span)) for span in final["versions"])
+        return Ending(str(final["finish_reason"]), versions)
     except (wire.WireError, KeyError, TypeError, ValueError) as error:
         raise UnusableAnswerError(f"sample of prompt {uid}: {type(error).__name__}: {error}") from error
 

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from nemo_dapo.config import Placement, Precision
+from nemo_dapo.config import Precision
 from nemo_dapo.rollout import host
 from nemo_dapo.rollout.command import connect_host, listen_host
 from nemo_dapo.rollout.hub import read_run_file
@@ -59,7 +59,7 @@ def prepare(
     if plan.spans_hosts:
         config.host = listen_host(config.host, address)
     try:
-        if config.placement is not Placement.local and not on_cpu and not config.visible_devices:
+        if not on_cpu and not config.visible_devices:
             config.visible_devices = host.share_gpus(gpus, config.num_servers, host.gpus_each(config.vllm))
         share = Share(
             seed=plan.seed,

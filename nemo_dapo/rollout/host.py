@@ -69,7 +69,8 @@ def share_gpus(uuids: Sequence[str], servers: int, each: int) -> list[str]:
     if len(uuids) < servers * each:
         raise ValueError(
             f"rollout.num_servers={servers} with {each} GPU(s) each need {servers * each} GPUs, it has {len(uuids)}: lower "
-            "num_servers or rollout.vllm.tensor_parallel_size, or start the agent with more GPUs"
+            "num_servers or rollout.vllm.tensor_parallel_size, start the agent with more GPUs, or say by "
+            "rollout.visible_devices which ones servers share"
         )
     return [",".join(uuids[each * i : each * (i + 1)]) for i in range(servers)]
 

@@ -7,16 +7,13 @@ between the request and the failure. K tokens were kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass
 
 from nemo_dapo.rollout import answers
-from nemo_dapo.rollout.answers import Answer, Expected
+from nemo_dapo.rollout.answers import Answer, Ending, Expected
+from nemo_dapo.rollout.received import Received
 from nemo_dapo.rollout.wire import Ids, Logprobs
-from nemo_dapo.types import VersionSpan
-
-NO_TOKENS = np.empty(0, np.int32)
+from nemo_dapo.types import Sample, VersionSpan
 
 
 @dataclass
@@ -34,64 +31,59 @@ class Progress:
     expected: Expected
     keeps: bool
     counts: Counts
-    token_ids: list[Ids] = field(default_factory=list)  # of whole frames: those kept, then those of this try
-    logprobs: list[Logprobs] = field(default_factory=list)
     kept: int = 0  # K
     version: int = 0  # of the newest weights when this try began, and of what was kept
     _is_certain: bool = False
 
-    @property
-    def received(self) -> int:
-        return sum(map(len, self.token_ids))
+    def __post_init__(self) -> None:
+        self.received = Received(self.expected.max_tokens)  # what was kept, then what this try brought
 
     def begin(self, version: int, *, is_updating: bool) -> Ids:
         """A try begins under weights `version`, unless they are changing now; [K], the tokens to go on from."""
         if version != self.version:
             self._throw_away()
         self.version, self._is_certain = version, not is_updating
-        return np.concatenate(self.token_ids) if self.kept else NO_TOKENS
+        self.received.cut(self.kept)
+        return self.received.token_ids
 
     def add(self, token_ids: Ids, logprobs: Logprobs) -> None:
-        """A frame of this try came that is not its last."""
-        self.token_ids.append(token_ids)
-        self.logprobs.append(logprobs)
+        """Tokens of this try came."""
+        if self.received.size + len(token_ids) > self.received.room:
+            raise answers.UnusableAnswerError(
+                f"sample of prompt {self.expected.uid}: {self.received.size + len(token_ids)} tokens, expected at most "
+                f"{self.expected.max_tokens}"
+            )
+        self.received.add(token_ids, logprobs)
 
     def fail(self, version: int, *, is_trusted: bool) -> None:
         """The try failed, while `version` is the newest; what came of a server that is not `is_trusted` is not used."""
         is_sound = self.keeps and is_trusted and self._is_certain and version == self.version
-        if not self.token_ids:
+        if not self.received.size:
             return
-        if is_sound and answers.can_go_on(self._answer(), self.expected):
-            self.kept = self.received
+        if is_sound and answers.can_go_on(self._answer(Ending("abort", ())), self.expected):
+            self.kept = self.received.size
         else:
             self._throw_away()
 
-    def join(self, answer: Answer) -> Answer:
-        """The whole sample, `answer` being what the last try brought beyond the tokens kept."""
-        if not self.kept:
-            return answer
-        kept, k = self._answer(), self.kept
+    def join(self, ending: Ending) -> Answer:
+        """All that came, `ending` being how the last try ended: its versions are of what it brought beyond the kept."""
+        if not (k := self.kept):
+            return self._answer(ending)
         before = VersionSpan(self.version, 0, k)
-        after = [VersionSpan(s.version, s.start + k, s.end + k) for s in answer.versions]
+        after = [VersionSpan(s.version, s.start + k, s.end + k) for s in ending.versions]
         if after and after[0].version == self.version and after[0].start == k:
             before = VersionSpan(self.version, 0, after.pop(0).end)
-        return Answer(
-            np.concatenate([kept.token_ids[:k], answer.token_ids]),
-            np.concatenate([kept.logprobs[:k], answer.logprobs]),
-            answer.finish_reason,
-            (before, *after),
-        )
+        return self._answer(Ending(ending.finish_reason, (before, *after)))
 
-    def finish(self) -> None:
+    def finish(self, answer: Answer) -> Sample:
         """The sample is whole and good."""
         self.counts.tokens_gone_on_with += self.kept
+        return Sample(*self.received.take(), answer.finish_reason, answer.versions)
 
-    def _answer(self) -> Answer:
-        """All that came so far, as if it had been cut off there."""
-        return Answer(np.concatenate(self.token_ids), np.concatenate(self.logprobs), "abort", ())
+    def _answer(self, ending: Ending) -> Answer:
+        return Answer(self.received.token_ids, self.received.logprobs, ending.finish_reason, ending.versions)
 
     def _throw_away(self) -> None:
-        self.counts.tokens_thrown_away += self.received
-        self.token_ids.clear()
-        self.logprobs.clear()
+        self.counts.tokens_thrown_away += self.received.size
+        self.received.cut(0)
         self.kept = 0

@@ -106,8 +106,7 @@ class Requests:
                 life = await fleet.ready(member)
                 answer = await self._try(asked, progress, member)
                 fleet.served(member)
-                progress.finish()
-                return Sample(answer.token_ids, answer.logprobs, answer.finish_reason, answer.versions)
+                return progress.finish(answer)
             except (ServerUnavailableError, LostServerError, UnusableAnswerError, LateError) as problem:
                 fault = f"{self.upkeep.describe(member.index)}: {problem}"
                 is_unusable, is_late = isinstance(problem, UnusableAnswerError), isinstance(problem, LateError)
@@ -145,11 +144,11 @@ class Requests:
         rest = dataclasses.replace(expected, max_tokens=expected.max_tokens - len(kept))
         body = asked.body if not len(kept) else self._body_from(asked, kept)
 
-        def on_frame(token_ids: wire.Ids, logprobs: wire.Logprobs) -> None:
+        def on_tokens(token_ids: wire.Ids, logprobs: wire.Logprobs) -> None:
             progress.add(token_ids, logprobs)
             upkeep.fleet.progressed(member)
 
-        request = asyncio.ensure_future(client.sample(self.http, upkeep.asked[member.index], body, rest, on_frame))
+        request = asyncio.ensure_future(client.sample(self.http, upkeep.asked[member.index], body, rest, on_tokens))
         try:
             either: set[asyncio.Future[Any]] = {request, life.lost}
             await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
