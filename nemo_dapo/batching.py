@@ -53,6 +53,7 @@ class MicroBatch:
     response_lengths: Tensor
     max_seqlen: int
     where: Tensor  # [T] int64: which token of the TrainBatch targets[t] is; -1 where the mask is 0
+    origin: Tensor  # [T] int64: which token of the TrainBatch tokens[t] is; -1 where it fills the pack up
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """A copy whose tensors lie on `device`."""
@@ -200,7 +201,8 @@ def pack(
     of_sequence = torch.repeat_interleave(torch.arange(len(boundaries)), torch.tensor(boundaries))  # [T]
     positions = torch.cat([torch.arange(n) for n in boundaries])
     is_fill = positions >= torch.tensor([*real, 0])[of_sequence]
-    rows = torch.where(is_fill, 0, positions + torch.tensor([*offsets, 0])[of_sequence])
+    origin = torch.where(is_fill, -1, positions + torch.tensor([*offsets, 0])[of_sequence])
+    rows = origin.clamp(min=0)
 
     # targets[t] is the next token of the same sequence; the last token of a sequence predicts nothing.
     prompts = torch.tensor([*(int(batch.prompt_lengths[i]) for i in sequences), 0])[of_sequence]
@@ -233,6 +235,7 @@ def pack(
         response_lengths=torch.zeros(len(boundaries), dtype=torch.int64).index_add(0, of_sequence, mask.long()),
         max_seqlen=max(boundaries),
         where=where,
+        origin=origin,
     )
 
 

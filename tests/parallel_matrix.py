@@ -165,15 +165,15 @@ def run(folder: Path, wanted: list[Case]) -> Iterator[dict[str, Any]]:
 
     assert policy is not None
     weights._import_bridge()
-    _fork([(run_reference, (folder,))], folder)
+    fork_ranks([(run_reference, (folder,))], folder)
     for ranks in RANKS:
         if mine := [case for case in wanted if case.ranks == ranks]:
-            _fork([(run_rank, (folder, ranks, rank, mine)) for rank in range(ranks)], folder)
+            fork_ranks([(run_rank, (folder, ranks, rank, mine)) for rank in range(ranks)], folder)
     for line in (folder / "results").read_text().splitlines():
         yield json.loads(line)
 
 
-def _fork(jobs: list[tuple[Any, tuple[Any, ...]]], folder: Path) -> None:
+def fork_ranks(jobs: list[tuple[Any, tuple[Any, ...]]], folder: Path) -> None:
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=target, args=arguments) for target, arguments in jobs]
     for process in ranks:

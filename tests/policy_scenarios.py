@@ -151,8 +151,9 @@ class Job:
 
         optimizer = options.pop("optimizer", OptimizerConfig(lr=1e-3, warmup_steps=0))
         precision = options.pop("precision", Precision.fp32)
+        config_of_model = {"precision": precision, "megatron": options.pop("megatron", {})}
         return MegatronPolicy(
-            ModelConfig(path=str(self.folder / "models" / model), precision=precision),
+            ModelConfig(path=str(self.folder / "models" / model), **config_of_model),
             config,
             optimizer,
             tokens_per_microbatch=tokens,

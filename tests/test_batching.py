@@ -73,6 +73,7 @@ def test_a_packed_micro_batch_is_the_example_of_its_docstring() -> None:
     assert micro.cu_seqlens.dtype == torch.int32
     assert micro.max_seqlen == 4
     assert micro.where.tolist() == [-1, 2, 3, -1, -1]
+    assert micro.origin.tolist() == [0, 1, 2, 3, -1]
 
 
 def test_sequences_of_a_pack_do_not_run_into_each_other() -> None:
@@ -85,6 +86,7 @@ def test_sequences_of_a_pack_do_not_run_into_each_other() -> None:
     assert micro.targets[micro.mask].tolist() == [107, 108, 101, 102]
     assert micro.advantages[micro.mask].tolist() == [3, 3, 1, 1]
     assert micro.sequence.tolist() == [2, 2, 2, 2, 0, 0, 0]
+    assert micro.origin.tolist() == [5, 6, 7, 8, 0, 1, 2]
     assert micro.cu_seqlens.tolist() == [0, 4, 7]
     assert micro.old_logprobs is not None
     assert micro.ref_logprobs is not None
@@ -290,7 +292,10 @@ def test_replicas_pack_from_their_shares_what_they_would_from_the_whole() -> Non
                 ours = pack(for_share, sequences, old_logprobs=old)
                 whole = pack(for_all, sequences, old_logprobs=for_all.rollout_logprobs)
                 for name, value in vars(whole).items():
-                    if isinstance(value, Tensor) and name != "where":  # where = positions in the one batch or the other
+                    if isinstance(value, Tensor) and name not in (
+                        "where",
+                        "origin",
+                    ):  # positions in the one batch or the other
                         assert torch.equal(getattr(ours, name), value), name
 
 

@@ -35,6 +35,7 @@ from nemo_dapo.megatron import checkpoint, weights
 from nemo_dapo.megatron.context_parallel import slice_microbatch
 from nemo_dapo.megatron.head import ScoringHead
 from nemo_dapo.megatron.memory import PolicyMemory
+from nemo_dapo.megatron.moe import ExpertLoad
 from nemo_dapo.megatron.optimizer import ddp_config, make_optimizer
 from nemo_dapo.megatron.parallel import device, full_float32
 from nemo_dapo.megatron.provider import make_provider
@@ -84,6 +85,7 @@ class MegatronPolicy:
             checkpoint.keep_bucket_padding(self.model)
             self.optimizer, self.scheduler = make_optimizer(self.model, self.provider, optimizer)
             self._wire_schedule()
+        self.expert_load = ExpertLoad(self.model)
         self.memory = PolicyMemory(self.model, self.optimizer, self.reference, moves=offload, servers=servers)
         self.bad_tokens: list[tuple[Tensor, Tensor]] = []
         self.local_gradient_finite = torch.ones((), dtype=torch.bool)
@@ -126,23 +128,15 @@ class MegatronPolicy:
 
     # ---------------------------------------------------------------- forward
 
-    def _forward(self, microbatches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, MicroBatch]:
-        micro = next(microbatches).to(device())
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=micro.cu_seqlens,
-            cu_seqlens_kv=micro.cu_seqlens,
-            max_seqlen_q=micro.max_seqlen,
-            max_seqlen_kv=micro.max_seqlen,
-        )
-        out = chunk(
+    def _forward(self, micro: MicroBatch, chunk: Any) -> Tensor:
+        out: Tensor = chunk(
             input_ids=micro.tokens.unsqueeze(0),
             position_ids=micro.positions.unsqueeze(0),
             attention_mask=None,
-            packed_seq_params=packed,
+            packed_seq_params=_sequences_of(micro),
             **self.head.arguments(unwrap_model(chunk), micro.targets),
         )
-        return out, micro
+        return out
 
     @property
     def replica(self) -> int:
@@ -215,7 +209,7 @@ class MegatronPolicy:
         self.memory.require(Stage.score, Stage.train)
 
         def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
-            out, _ = self._forward(iterator, chunk)
+            out = self._forward(next(iterator).to(device()), chunk)
             return out, lambda scores, non_loss_data: scores[0, :, 0]
 
         microbatches = self._microbatches(batch, minibatches)
@@ -238,8 +232,8 @@ class MegatronPolicy:
         """One optimizer step on `batch`; old_logprobs and ref_logprobs [T] are aligned with `batch.tokens`.
 
         Returns the loss function's metrics and `loss` as means over response tokens, `grad_norm` (before clipping) with
-        the largest one, and `lr`, the same on every rank. Raises NonFiniteGradientError, on every rank and with the weights
-        untouched, instead of stepping.
+        the largest one, `lr`, and how a mixture's experts were loaded, the same on every rank. Raises
+        NonFiniteGradientError, on every rank and with the weights untouched, instead of stepping.
         """
         self.memory.require(Stage.train)
         self._zero_gradients()
@@ -276,14 +270,16 @@ class MegatronPolicy:
             return loss, sums["denominator"].int(), sums
 
         def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
-            out, micro = self._forward(iterator, chunk)
+            micro = next(iterator).to(device())
+            with self.expert_load.counting(micro):
+                out = self._forward(micro, chunk)
             return out, functools.partial(loss_func, micro=micro)
 
         microbatches = self._microbatches(batch, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
         per_microbatch = self._run(self.model, forward_step, microbatches, train=True)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        return grad_norm, self._token_means(batch, loss_fn, per_microbatch)
+        return grad_norm, self._token_means(batch, loss_fn, per_microbatch) | self.expert_load.take_metrics()
 
     def _token_means(self, batch: TrainBatch, loss_fn: LossFn, sums: list[dict[str, Tensor]]) -> dict[str, Metric]:
         """All ranks' sums over the response tokens of the whole batch; the loss over its own denominator."""
@@ -373,6 +369,24 @@ def _own_gradient(buffer: Any) -> Iterator[Tensor]:
     for bucket in buffer.buckets:
         shards = bucket.grad_data.view(size, -1)
         yield from (shards[shard] for shard in range(size) if not (is_reduced and shard == rank))
+
+
+def _sequences_of(micro: MicroBatch) -> PackedSeqParams:
+    """Where the sequences of the whole pack begin and end, for attention.
+
+    Under context parallelism they are filled up as sequences of their own, so that filled-up lengths are the lengths;
+    Transformer Engine asks for both.
+    """
+    filled_up = micro.cu_seqlens if parallel_state.get_context_parallel_world_size() > 1 else None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=micro.cu_seqlens,
+        cu_seqlens_kv=micro.cu_seqlens,
+        cu_seqlens_q_padded=filled_up,
+        cu_seqlens_kv_padded=filled_up,
+        max_seqlen_q=micro.max_seqlen,
+        max_seqlen_kv=micro.max_seqlen,
+    )
 
 
 def _all_reduce(host: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

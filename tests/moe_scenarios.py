@@ -1,0 +1,113 @@
+"""What the tests of a mixture of experts run in child processes: one job of one rank, then one of two.
+
+`main(FOLDER)` forks the ranks; rank 0 of each job writes `world<W>.pt`, a dictionary {scenario: result}.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from nemo_dapo.telemetry.metrics import values
+from tests.parallel_matrix import fork_ranks
+from tests.policy_scenarios import LOSS, ROPE_THETA, VOCAB, Job, Layout, make_train_batch
+from tests.tiny import save_tiny_model
+
+MODEL = "mixture"
+LAYERS = 4
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+LAYOUTS = {
+    1: {"one rank": Layout()},
+    2: {
+        "data": Layout(),
+        "experts": Layout(ep=2),
+        "tensor and experts": Layout(tp=2, sp=True, ep=2),
+        "context": Layout(cp=2),
+        "pipeline": Layout(pp=2, vpp=2),
+    },
+}
+
+
+def load(layout: Layout, megatron: dict[str, Any]) -> Callable[[Job], dict[str, Any]]:
+    """What two updates count, and say of it in the first; the weights of the second are not the first's."""
+
+    def scenario(job: Job) -> dict[str, Any]:
+        policy, batch = job.policy(layout, MODEL, megatron=megatron), make_train_batch()
+        counts, take = [], policy.expert_load.take_counts
+        policy.expert_load.take_counts = lambda: (counts.append(take()), counts[-1])[1]
+        said = values(policy.update(batch, LOSS, None))
+        policy.logprobs(batch)  # is not counted
+        policy.update(batch, LOSS, None)
+        return {"counts": counts} | {name: said[name] for name in said if name.startswith("moe_")}
+
+    return scenario
+
+
+def sequences_for_attention(layout: Layout) -> Callable[[Job], list[Any]]:
+    """The packed sequences that a micro-batch is run with."""
+
+    def scenario(job: Job) -> list[Any]:
+        from nemo_dapo.megatron import policy as module
+
+        policy, seen = job.policy(layout, MODEL), []
+        original = module.PackedSeqParams
+        with mock.patch.object(module, "PackedSeqParams", lambda **said: (seen.append(said), original(**said))[1]):
+            policy.logprobs(make_train_batch())
+        return seen
+
+    return scenario
+
+
+SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
+    ranks: {
+        f"load, {name}{', recomputed' if megatron else ''}": load(layout, megatron)
+        for name, layout in layouts.items()
+        for megatron in ({}, RECOMPUTED)
+    }
+    | {f"attention, {name}": sequences_for_attention(layout) for name, layout in layouts.items()}
+    for ranks, layouts in LAYOUTS.items()
+}
+
+
+def run_rank(folder: Path, ranks: int, rank: int) -> None:
+    torch.set_num_threads(1)
+    job, results = Job(folder, ranks, rank), {}
+    job.join(f"meet{ranks}")
+    for name, scenario in SCENARIOS[ranks].items():
+        try:
+            results[name] = scenario(job)
+        except Exception:
+            (folder / f"failed-{ranks}-{rank}").write_text(f"{name}\n{traceback.format_exc()}")
+            raise
+    if rank == 0:
+        torch.save(results, folder / f"world{ranks}.pt")
+
+
+def main(folder: Path) -> None:
+    save_tiny_model(
+        folder / "models" / MODEL,
+        family="qwen3_moe",
+        tied=False,
+        rope_theta=ROPE_THETA,
+        vocab=VOCAB,
+        layers=LAYERS,
+    )
+    from nemo_dapo.megatron import cpu
+
+    cpu.install()
+    from nemo_dapo.megatron import policy, weights
+
+    assert policy is not None
+    weights._import_bridge()
+    for ranks in SCENARIOS:
+        fork_ranks([(run_rank, (folder, ranks, rank)) for rank in range(ranks)], folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
