@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nemo_dapo.algorithm import group_advantages
 from nemo_dapo.batching import make_batch, minibatches, pack, plan_minibatches
+from nemo_dapo.collected import Collected
 from nemo_dapo.config import RolloutConfig
 from nemo_dapo.coordination import share_batch
 from nemo_dapo.garbage import no_full_collections
@@ -46,7 +47,7 @@ from nemo_dapo.rollout import wire
 from nemo_dapo.rollout.engine import VLLMEngine
 from nemo_dapo.rollout.weights.ledger import Ledger
 from nemo_dapo.rollout.weights.send import Sender
-from nemo_dapo.sampling import Collected, GroupSampler
+from nemo_dapo.sampling import GroupSampler
 from nemo_dapo.types import Prompt, Sample, SamplingParams, TrainBatch, Verdict
 from tests.stand_in_server import StandInServers
 

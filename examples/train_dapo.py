@@ -179,7 +179,9 @@ def start_controller(
     def start() -> Controller:
         if isinstance(engine, VLLMEngine):
             engine.start_servers()
-        return Controller(config, run_dir, engine, rewarder, loader, eval_sets, sinks, decoder_of(tokenizer))
+        controller = Controller(config, run_dir, engine, rewarder, loader, eval_sets, sinks, decoder_of(tokenizer))
+        stack.callback(controller.close)  # before the engine that it asks
+        return controller
 
     return executor.submit(start), engine.door if isinstance(engine, VLLMEngine) else None
 

@@ -1,4 +1,5 @@
-"""A checkpoint is one directory: the policy's shards, `state.json` with everything else a run needs to go on, a manifest.
+"""A checkpoint is one directory: the policy's shards, `state.json` with everything else a run needs to go on, a manifest;
+and, where groups are sampled ahead, those of the window as arrays (`window_file`).
 
 It is written beside its place and renamed into it, so a directory called `step_*` was complete when it was named, whenever
 the job was killed. Whether it still is, the manifest's digests tell: they are checked before anything is read. Ranks write,
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nemo_dapo import digests, hf_folder
+from nemo_dapo import digests, hf_folder, window_file
 from nemo_dapo.collectives import gather_json
 from nemo_dapo.coordination import found_alike
 from nemo_dapo.digests import FileDigest
@@ -58,7 +59,7 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step` and remove all but the newest `keep` (0: none). Collective; `state` is rank 0's.
 
-    `portable` as for `Policy.save`.
+    `state` is JSON, but for its `window`, a list of OpenGroup. `portable` as for `Policy.save`.
 
     Raises CheckpointError, on every rank, where one of them could not write; what was written of it is then removed.
     """
@@ -109,8 +110,14 @@ def _write_policy(policy: Policy, beside: Path, portable: bool) -> dict[str, Any
 
 
 def _complete(beside: Path, place: Path, state: Mapping[str, Any], files: Mapping[str, FileDigest]) -> None:
-    _write_durably(beside / "state.json", json.dumps(state))
-    digest = {"state.json": digests.digest(beside / "state.json")}
+    window = state.get("window")
+    _write_durably(beside / "state.json", json.dumps({key: one for key, one in state.items() if key != "window"}))
+    names = ["state.json"]
+    if window:
+        window_file.write(beside / window_file.NAME, window)
+        _sync(beside / window_file.NAME)
+        names.append(window_file.NAME)
+    digest = {name: digests.digest(beside / name) for name in names}
     _write_durably(beside / digests.NAME, digests.render(FORMAT, {**files, **digest}))
     _sync(beside / "policy")
     _sync(beside)
@@ -191,9 +198,11 @@ def require_whole(place: Path, model: Path, group: Any) -> None:
 
 
 def read_state(directory: Path, step: int) -> dict[str, Any]:
-    """The `state` that was saved at `step`, with `step` itself."""
-    state: dict[str, Any] = json.loads((directory / _name(step) / "state.json").read_text())
-    return state
+    """The `state` that was saved at `step`, with `step` itself; `window` only where it held groups."""
+    place = directory / _name(step)
+    state: dict[str, Any] = json.loads((place / "state.json").read_text())
+    window = place / window_file.NAME
+    return state | {"window": window_file.read(window)} if window.exists() else state
 
 
 def load(directory: Path, step: int, policy: Policy) -> None:

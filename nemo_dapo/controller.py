@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from nemo_dapo.algorithm import group_advantages, overlong_penalty
 from nemo_dapo.batching import make_batch
+from nemo_dapo.collected import Collected, token_ages
 from nemo_dapo.config import RunConfig
 from nemo_dapo.data.loader import PromptLoader
 from nemo_dapo.detokenizer import Decode
@@ -21,12 +22,15 @@ from nemo_dapo.evaluation import EvaluationResult, evaluate
 from nemo_dapo.garbage import no_full_collections
 from nemo_dapo.interfaces import Rewarder, RolloutEngine
 from nemo_dapo.rewards.shaping import score_of
-from nemo_dapo.sampling import Collected, GroupSampler
+from nemo_dapo.rollout.loop import LoopThread
+from nemo_dapo.sampling import GroupSampler
 from nemo_dapo.telemetry.rollouts import rollouts_path, write_rollouts
 from nemo_dapo.telemetry.sinks import Console, Sink
 from nemo_dapo.types import Group, Prompt, SamplingParams, TrainBatch
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,10 @@ class Rollout:
 
 
 class Controller:
-    """Owns the five objects' rank-0 side; `engine`, `rewarder`, `loader` are closed by whoever made them."""
+    """Owns the five objects' rank-0 side; `engine`, `rewarder`, `loader` are closed by whoever made them.
+
+    With `rollout.max_staleness` groups are sampled while nobody waits for them, in an event loop of their own, to `close`.
+    """
 
     def __init__(
         self,
@@ -57,6 +64,7 @@ class Controller:
         self.decode = decode
         self.eval_sets, self.sink, self.console = eval_sets, sink, Console(config.trainer.max_steps)
         rollout, algorithm = config.rollout, config.algorithm
+        self._loop = LoopThread("sampling") if rollout.max_staleness else None
         self.sampler = GroupSampler(
             engine,
             rewarder,
@@ -65,6 +73,7 @@ class Controller:
             params=SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_length),
             dynamic_sampling=algorithm.dynamic_sampling,
             max_attempts=algorithm.max_attempts,
+            max_staleness=rollout.max_staleness,
             max_error_rate=config.reward.max_error_rate,
             max_empty_steps=algorithm.max_empty_steps,
             # Behind the engine's own limits, which name the server: a sample may be late three times, a restart after each.
@@ -77,16 +86,24 @@ class Controller:
         with tqdm(total=wanted, desc=f"step {step} rollout", unit="group", leave=False, disable=self._no_bar()) as bar:
             self.sampler.on_progress = lambda accepted, sampled: _advance(bar, accepted, sampled)
             with no_full_collections():
-                collected = await self.sampler.collect(wanted)
-        for group in collected.judged:
-            if not group.num_errors:
-                self.loader.record(group.prompt.uid, group.num_correct, len(group.samples))
+                collected = await self._where_groups_are(lambda: self._collect(wanted))
         advantages = self._advantages(self._rewards(collected.groups))
         await asyncio.to_thread(self._dump, step, collected)  # decoding and compressing take seconds
         overlong_filter = self.config.algorithm.overlong_filter
         # a gigabyte to copy
         batch = await asyncio.to_thread(make_batch, collected.groups, advantages, overlong_filter=overlong_filter)
-        return Rollout(batch, collected.groups, self._metrics(collected))
+        return Rollout(batch, collected.groups, self._metrics(step, collected))
+
+    async def _collect(self, wanted: int) -> Collected:
+        collected = await self.sampler.collect(wanted)
+        for group in collected.judged:
+            if not group.num_errors:
+                self.loader.record(group.prompt.uid, group.num_correct, len(group.samples))
+        return collected
+
+    async def _where_groups_are(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run `work` in the event loop of the sampler, which alone may draw prompts and touch groups."""
+        return await (asyncio.wrap_future(self._loop.submit(work())) if self._loop else work())
 
     def _rewards(self, groups: Sequence[Group]) -> torch.Tensor:
         """[N, G]: the verdict's score plus the soft overlong punishment (Eq. 13)."""
@@ -103,12 +120,12 @@ class Controller:
             factor=overlong.factor,
         )
 
-    def _metrics(self, collected: Collected) -> dict[str, float]:
-        metrics = collected.metrics()
+    def _metrics(self, step: int, collected: Collected) -> dict[str, float]:
+        metrics = collected.metrics() | token_ages(collected.groups, step - 1)
         # Over all judged groups, as the accuracy is: the kept ones alone are mixed by construction, so their mean is flat.
         rewards = self._rewards([group for group in collected.judged if not group.num_errors])
         metrics["rollout/reward"] = float(rewards.mean()) if rewards.numel() else 0.0
-        metrics["rollout/tokens_per_second"] = collected.generated_tokens / max(collected.seconds, 1e-9)
+        metrics["rollout/tokens_per_second"] = collected.generated_tokens / max(collected.flights.seconds, 1e-9)
         metrics["rollout/prompts_consumed"] = float(self.sampler.counters["groups_judged"])
         return metrics | self.engine.metrics()
 
@@ -170,11 +187,22 @@ class Controller:
         self.loader.curriculum.export(self.run_dir / "solve_statistics.jsonl", prompts)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state_dict(), "loader": self.loader.state_dict()}
+        return asyncio.run(self._where_groups_are(self._state))
+
+    async def _state(self) -> dict[str, Any]:
+        """At one moment: groups that end meanwhile would draw further prompts."""
+        sampler = self.sampler.state_dict()
+        return {"window": sampler.pop("window"), "sampler": sampler, "loader": self.loader.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sampler.load_state_dict(state["sampler"])
+        self.sampler.load_state_dict(state["sampler"] | {"window": state.get("window", [])})
         self.loader.load_state_dict(state["loader"])
+
+    def close(self) -> None:
+        """End what is still being sampled."""
+        if self._loop is not None:
+            self._loop.submit(self.sampler.stop()).result()
+            self._loop.close()
 
     def _no_bar(self) -> bool | None:
         """None lets tqdm decide: no bar where standard error is a file."""

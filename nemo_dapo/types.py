@@ -139,6 +139,15 @@ class Group:
         return sum(v.error is not None for v in self.verdicts)
 
 
+@dataclass(frozen=True)
+class OpenGroup:
+    """A group that no step has taken yet: finished, or None where it is still being sampled."""
+
+    index: int
+    prompt: Prompt
+    group: Group | None
+
+
 @dataclass
 class TrainBatch:
     """B = N * G sequences, flat on the host; sequences of one group are adjacent.

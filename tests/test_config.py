@@ -446,6 +446,23 @@ def test_placements_that_contradict_themselves_are_refused_with_the_remedy(
     assert said in complaint(*command, *options)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "set algorithm.importance_cap=2, or max_staleness=0"),
+        (["algorithm.importance_cap=2", "rollout.vllm.enable_sleep_mode=true"], "these servers sleep then"),
+        (["algorithm.importance_cap=2", "rollout.placement=colocated"], "these servers sleep then"),
+        (["algorithm.importance_cap=2", "rollout.replay=nowhere"], "played back step by step"),
+    ],
+)
+def test_generation_during_updates_is_refused_where_it_cannot_be(
+    options: list[str], said: str, command: list[str]
+) -> None:
+    asked = complaint(*command, "rollout.max_staleness=2", *options)
+    assert "rollout.max_staleness=2" in asked
+    assert said in asked
+
+
 def test_an_address_to_listen_on_may_leave_the_host_open() -> None:
     found = [split_address(one) for one in ("", ":29600", "head:29600", "[fd00::1]:1")]
     assert found == [("", 0), ("", 29600), ("head", 29600), ("fd00::1", 1)]

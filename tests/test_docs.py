@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_dapo.collected import DropReason
 from nemo_dapo.config import RunConfig, compose_file, register, typed, validate, validate_evaluation
 from nemo_dapo.config.model_family import FAMILIES
-from nemo_dapo.sampling import DropReason
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

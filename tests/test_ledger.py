@@ -104,6 +104,13 @@ def test_servers_that_may_not_sleep_are_refused_on_the_trainer_s_gpus(gpus: None
         sharing.with_sleep(config_of(enable_sleep_mode=False))
 
 
+def test_generation_during_updates_is_refused_on_the_trainer_s_gpus(gpus: None) -> None:
+    config = config_of()
+    config.rollout.max_staleness = 1
+    with pytest.raises(ValueError, match=r"max_staleness=1 .* rollout\.visible_devices"):
+        sharing.with_sleep(config)
+
+
 def test_on_a_cpu_host_nothing_is_shared_and_the_option_still_moves_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False)))
     assert not sharing.offloads(config_of())

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from nemo_dapo.batching import make_batch
+from nemo_dapo.collected import Collected, DropReason
 from nemo_dapo.rollout import replay
 from nemo_dapo.rollout.replay import ReplayEngine
-from nemo_dapo.sampling import Collected, DropReason, GroupSampler
+from nemo_dapo.sampling import GroupSampler
 from nemo_dapo.telemetry.rollouts import read_rollouts, rollouts_path, write_rollouts
 from nemo_dapo.types import Group, Prompt, Sample, SamplingParams, Verdict, VersionSpan
 

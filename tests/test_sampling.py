@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 
 import pytest
 
-from nemo_dapo.sampling import PRIOR_GROUPS, Collected, DropReason, GroupSampler, judge
+from nemo_dapo.collected import Collected, DropReason, judge
+from nemo_dapo.sampling import GroupSampler
 from nemo_dapo.stopping import check_verifier
 from nemo_dapo.types import Group, Prompt, Sample, SamplingParams, Verdict
+from nemo_dapo.window import PRIOR_GROUPS
 
 G = 4
 T = TypeVar("T")
@@ -189,7 +191,7 @@ def test_a_verifier_that_always_fails_stops_the_step_as_soon_as_its_first_groups
     with pytest.raises(RuntimeError, match=r"failed on 16 of 16 samples.*max_error_rate=0\.5.*16 x verifier timed out"):
         run(sampler.collect(4))
     assert len(engine.finished) < 40, "not all of the ten times four attempts"
-    assert sampler.next_index == 0
+    assert sampler.window.next_index == 0
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -278,7 +280,15 @@ def test_the_batches_do_not_depend_on_timing(seed: int) -> None:
             c = run(sampler.collect(4))
             judged_drops = [(d.index, d.prompt.uid, d.reason) for d in c.dropped if d.reason is not DropReason.surplus]
             groups = [(g.index, g.prompt.uid) for g in c.groups]
-            steps.append((groups, judged_drops, sampler.next_index, sampler.acceptance_rate, dict(sampler.counters)))
+            steps.append(
+                (
+                    groups,
+                    judged_drops,
+                    sampler.window.next_index,
+                    sampler.window.acceptance_rate,
+                    dict(sampler.counters),
+                )
+            )
         return steps
 
     assert course(random_latency(seed)) == course(lambda i: 1.0)
@@ -351,7 +361,7 @@ def test_the_estimate_follows_the_acceptance_rate_and_saves_surplus() -> None:
     engine = Engine(scripted("kkkkkkkkkw"))
     sampler = make(engine)
     surplus = [run(sampler.collect(16)).count(DropReason.surplus) for _ in range(12)]
-    assert sampler.acceptance_rate == pytest.approx(0.9, abs=0.05)
+    assert sampler.window.acceptance_rate == pytest.approx(0.9, abs=0.05)
     assert surplus[0] >= 14  # 32 in flight on the prior of one half; 17 or 18 are needed
     assert max(surplus[-3:]) <= 3
 
@@ -540,7 +550,7 @@ def test_a_restored_sampler_goes_on_exactly_where_the_other_was() -> None:
     restored.load_state_dict(state["sampler"])
     assert [run(restored.collect(4)).groups for _ in range(3)] == expected
     assert restored.counters == sampler.counters
-    assert restored.acceptance_rate == sampler.acceptance_rate
+    assert restored.window.acceptance_rate == sampler.window.acceptance_rate
 
 
 def test_one_sampler_serves_many_event_loops() -> None:

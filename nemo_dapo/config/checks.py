@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_dapo.config import model_family, reserved
 from nemo_dapo.config.layout import check_layout
-from nemo_dapo.config.placement import check_placement
+from nemo_dapo.config.placement import check_placement, check_staleness
 from nemo_dapo.config.prompts import check_prompts, remark_on_prompts
 from nemo_dapo.config.ranges import out_of_range
 from nemo_dapo.config.schema import (
@@ -197,6 +197,7 @@ def _check_rollout(config: RunConfig) -> Iterator[str]:
             "1.0 and -1 (evaluation has its own)"
         )
     yield from check_placement(r)
+    yield from check_staleness(r, config.algorithm.importance_cap)
     if r.visible_devices and len(r.visible_devices) != r.num_servers:
         yield f"rollout.visible_devices has {len(r.visible_devices)} entries for num_servers={r.num_servers}; give one each"
     if r.api_key_file and not Path(r.api_key_file).is_file():

@@ -59,6 +59,22 @@ def _check_attached(r: RolloutConfig) -> Iterator[str]:
         yield "rollout.servers names a server twice; name each once"
 
 
+def check_staleness(r: RolloutConfig, importance_cap: float) -> Iterator[str]:
+    """What generation while the trainer updates asks of the other options."""
+    if not r.max_staleness:
+        return
+    asked = f"rollout.max_staleness={r.max_staleness}"
+    if not importance_cap:
+        yield f"{asked} trains on tokens of older weights uncorrected; set algorithm.importance_cap=2, or max_staleness=0"
+    if r.placement is Placement.colocated or r.vllm.get("enable_sleep_mode"):
+        yield (
+            f"{asked} generates while the trainer updates, but these servers sleep then; give them GPUs of their own "
+            "(rollout.placement=dedicated, or rollout.visible_devices) without rollout.vllm.enable_sleep_mode"
+        )
+    if r.replay:
+        yield f"{asked}: a recorded run is played back step by step; leave rollout.replay out, or set max_staleness=0"
+
+
 def total_servers(r: RolloutConfig) -> int:
     """Servers of the run; 0 where only the launcher knows."""
     return {

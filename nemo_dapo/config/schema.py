@@ -146,6 +146,9 @@ class RolloutConfig:
     max_concurrent_sequences: int = number(1024, at_least=1)  # in flight on one server, at most
     # a server gets more sequences while a smaller share of its key-value cache is in use; on preemption it gets fewer
     kv_cache_target: float = number(0.85, above=0, at_most=1)
+    # m: the weights that a token is sampled under may be this many pushes older than those that train on it. Then groups
+    # that a step does not need stay for later ones, and generation goes on while the trainer updates; 0 = as in the paper
+    max_staleness: int = number(0, at_least=0, at_most=64)
     partial_answers: PartialAnswers = PartialAnswers.keep  # of a server that died: gone on with elsewhere, or discarded
     start_timeout: float = number(900.0, above=0, at_most=A_YEAR)  # seconds until a server must be healthy
     request_timeout: float = number(3600.0, above=0, at_most=A_YEAR)  # seconds for one sample

@@ -47,6 +47,11 @@ def with_sleep(config: RunConfig) -> RolloutConfig:
     """
     if not offloads(config) or not shares_gpus(config.rollout, trainer_devices(os.environ)):
         return config.rollout
+    if config.rollout.max_staleness:
+        raise ValueError(
+            f"rollout.max_staleness={config.rollout.max_staleness} generates while the trainer updates, but the servers "
+            "are on its GPUs and sleep then; give them others by rollout.visible_devices, or set it to 0"
+        )
     options = {**DEFAULTS, **config.rollout.vllm}
     if not options["enable_sleep_mode"]:
         raise ValueError(

@@ -1,0 +1,322 @@
+"""Sampling ahead: groups that outlive the step, on a clock that jumps, and through the real trainer and its checkpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from nemo_dapo import checkpoint, window_file
+from nemo_dapo.collected import Collected, DropReason, token_ages
+from nemo_dapo.config import AlgorithmConfig, EvaluationConfig, ModelConfig, RolloutConfig, RunConfig, TrainerConfig
+from nemo_dapo.controller import Controller
+from nemo_dapo.data.curriculum import Curriculum
+from nemo_dapo.sampling import GroupSampler
+from nemo_dapo.telemetry.sinks import Sinks
+from nemo_dapo.trainer import DAPOTrainer
+from nemo_dapo.types import Group, OpenGroup, Prompt, Sample, SamplingParams, Verdict, VersionSpan
+from tests.test_sampling import Engine, G, Loader, dropped, indices, make, random_latency, run, scripted
+from tests.test_trainer import Stub, model_folder
+
+SCRIPT = scripted("wkkrrkwrkwwkr")
+
+
+async def steps(sampler: GroupSampler, number: int, groups: int = 4, update: float = 3.0) -> list[Collected]:
+    """`number` steps, each followed by an update of so many seconds."""
+    found = []
+    for _ in range(number):
+        found.append(await sampler.collect(groups))
+        await asyncio.sleep(update)
+    await sampler.stop()
+    return found
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_steps_are_those_of_the_synchronous_recipe_where_the_answers_are(m: int, seed: int) -> None:
+    ahead = run(steps(make(Engine(SCRIPT, random_latency(seed)), max_staleness=m), 6))
+    synchronous = run(steps(make(Engine(SCRIPT)), 6))
+    for one, other in zip(ahead, synchronous, strict=True):
+        assert indices(one) == indices(other)
+        assert [g.index for g in one.decisive] == [g.index for g in other.decisive]
+        assert dropped(one, DropReason.all_wrong) == dropped(other, DropReason.all_wrong)
+        assert one.count(DropReason.surplus) == 0
+
+
+def test_generation_goes_on_while_the_trainer_updates_and_nothing_is_sampled_twice() -> None:
+    engine = Engine(SCRIPT, latency=lambda i: 1.0)
+    seen: list[int] = []
+
+    async def course() -> None:
+        sampler = make(engine, max_staleness=1)
+        await sampler.collect(4)
+        before = len(engine.finished)
+        await asyncio.sleep(20.0)
+        seen.append(len(engine.finished) - before)
+        second = await sampler.collect(4)
+        assert second.seconds == 0.0  # it was there when it was asked for
+        assert second.metrics()["rollout/open_groups"] == 8 - 4  # (m + 1) N, less the step
+        assert engine.cancelled == []
+        await sampler.stop()
+
+    run(course())
+    assert seen[0] >= 4
+    assert len(set(engine.started)) == len(engine.started)
+
+
+def test_the_record_says_how_full_the_servers_were() -> None:
+    async def course() -> tuple[Collected, Collected]:
+        sampler = make(Engine(scripted("k"), latency=lambda i: 2.0), max_staleness=1)
+        first = await sampler.collect(2)
+        await asyncio.sleep(10.0)
+        second = await sampler.collect(2)
+        await sampler.stop()
+        return first, second
+
+    first, second = run(course())
+    assert (first.flights.peak, first.flights.mean, first.metrics()["time/servers_idle"]) == (4, 4.0, 0.0)
+    # Two places were left while the trainer updated, and both were taken.
+    assert (second.flights.seconds, second.flights.idle_seconds, second.seconds) == (10.0, 10.0, 0.0)
+
+
+def test_what_fails_while_nobody_waits_is_said_by_the_next_step() -> None:
+    engine = Engine(scripted("k"), lambda i: 1.0 + i, fail=lambda i, n: ValueError("gone") if i == 2 else None)
+
+    async def course() -> None:
+        sampler = make(engine, max_staleness=1)
+        await sampler.collect(2)
+        await asyncio.sleep(5.0)
+        await sampler.collect(2)
+
+    with pytest.raises(RuntimeError, match="prompt p2 failed: ValueError: gone"):
+        run(course())
+
+
+def test_an_aborted_group_comes_again() -> None:
+    engine = Engine(
+        scripted("k"), finish_reason=lambda i: "abort" if (i, engine.started.count(i)) == (1, 1) else "stop"
+    )
+    found = run(steps(make(engine, max_staleness=1), 3, groups=2))
+    assert dropped(found[0], DropReason.aborted) == [1]
+    assert engine.started.count(1) == 2
+    assert sorted(i for one in found for i in indices(one)).count(1) == 1
+
+
+def test_a_resumed_run_goes_on_with_the_finished_groups_and_asks_again_for_the_others_alone(tmp_path: Path) -> None:
+    engine, loader = Engine(SCRIPT, random_latency(1)), Loader()
+
+    async def first() -> tuple[dict[str, Any], list[list[int]]]:
+        sampler = make(engine, max_staleness=2, loader=loader)
+        for _ in range(3):
+            await sampler.collect(4)
+        state = sampler.state_dict() | {"loader": loader.state_dict()}
+        return state, [indices(one) for one in await steps(sampler, 4)]
+
+    state, expected = run(first())
+    window_file.write(tmp_path / window_file.NAME, state["window"])
+    state["window"] = window_file.read(tmp_path / window_file.NAME)
+    finished = [one.group.prompt.metadata["i"] for one in state["window"] if one.group]
+    assert finished
+    assert len(finished) < len(state["window"]), "the test needs both kinds"
+    again = Engine(SCRIPT, random_latency(2))
+
+    async def second() -> list[list[int]]:
+        later = Loader()
+        later.load_state_dict(state["loader"])
+        sampler = make(again, max_staleness=2, loader=later)
+        sampler.load_state_dict(state)
+        return [indices(one) for one in await steps(sampler, 4)]
+
+    assert run(second()) == expected
+    assert not set(finished) & set(again.started), "finished groups were sampled again"
+
+
+def test_a_run_that_no_longer_samples_ahead_samples_the_open_groups_again() -> None:
+    async def first() -> tuple[dict[str, Any], list[int]]:
+        loader = Loader()
+        sampler = make(Engine(scripted("k")), max_staleness=1, loader=loader)
+        found = await sampler.collect(3)
+        await sampler.stop()
+        return sampler.state_dict() | {"loader": loader.state_dict()}, indices(found)
+
+    state, taken = run(first())
+    loader = Loader()
+    loader.load_state_dict(state["loader"])
+    sampler = make(Engine(scripted("k")), loader=loader)
+    sampler.load_state_dict(state)
+    assert taken + indices(run(sampler.collect(5))) == list(range(8))
+
+
+# ------------------------------------------------------------------ on disk
+
+
+def test_a_window_on_disk_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    prompt = Prompt("u", (3, 4), "1+1", "2", "source", {"a": 1})
+    samples = (
+        Sample((5, 6, 1), (-0.1, -1e-7, -3.0), "stop", (VersionSpan(1, 0, 2), VersionSpan(2, 2, 3))),
+        Sample((7,), (-0.25,), "length", (VersionSpan(2, 0, 1),)),
+    )
+    verdicts = (Verdict(True, "2", None, 0.5), Verdict(False, error="late"))
+    window = [
+        OpenGroup(4, prompt, Group(prompt, samples, verdicts, 4)),
+        OpenGroup(5, dataclasses.replace(prompt), None),
+    ]
+    window_file.write(tmp_path / "w", window)
+    assert window_file.read(tmp_path / "w") == window
+    window_file.write(tmp_path / "none", window[1:])
+    assert window_file.read(tmp_path / "none") == window[1:]
+
+
+def test_a_window_of_long_answers_takes_eight_bytes_a_token(tmp_path: Path) -> None:
+    prompt = Prompt("u", (3, 4), "1+1", "2")
+    sample = Sample(np.arange(20_000), np.zeros(20_000), "length", (VersionSpan(1, 0, 20_000),))
+    group = Group(prompt, (sample,) * 4, (Verdict(True),) * 4, 0)
+    window_file.write(tmp_path / "w", [OpenGroup(0, prompt, group)])
+    assert (tmp_path / "w").stat().st_size < 8.1 * 4 * 20_000
+
+
+def test_the_ages_of_tokens_are_counted_from_the_weights_that_train_on_them() -> None:
+    prompt = Prompt("u", (1,), "", "")
+    spans = (VersionSpan(3, 0, 2), VersionSpan(5, 2, 8))
+    group = Group(prompt, (Sample((1,) * 8, (0.0,) * 8, "stop", spans),), (Verdict(True),))
+    assert token_ages([group], 5) == {
+        "rollout/age_mean": 0.5,
+        "rollout/age_max": 2.0,
+        "rollout/age_0": 0.75,
+        "rollout/age_1": 0.0,
+        "rollout/age_2": 0.25,
+    }
+    assert token_ages([dataclasses.replace(group, samples=(Sample((1,), (0.0,), "stop"),))], 5) == {}
+
+
+# ------------------------------------------------------------------ through the trainer
+
+
+class Ahead(Stub):
+    """Policy and engine; the engine answers of the newest weights, and each update waits until it has answered much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.version, self.asked, self.answered = 0, [], 0
+        self.meanwhile: list[int] = []  # groups answered during each update
+        self.lock = threading.Lock()
+
+    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+        with self.lock:
+            self.asked.append(prompt.metadata["i"])
+        version, length = self.version, 2 + prompt.metadata["i"] % 5
+        await asyncio.sleep(0.002 * length)
+        self.answered += 1
+        return [Sample((5,) * length, (-0.5,) * length, "stop", (VersionSpan(version, 0, length),))] * n
+
+    async def score(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
+        right = {"w": 0, "k": 1, "r": len(samples)}["wkkr"[prompt.metadata["i"] % 4]]
+        return [Verdict(k < right) for k in range(len(samples))]
+
+    def begin_update(self, version: int, hosts: Any) -> Any:
+        self.pushed = version
+        return super().begin_update(version, hosts)
+
+    def finish_update(self, everyone: Any) -> None:
+        self.version = self.pushed
+
+    def update(self, *args: Any) -> dict[str, Any]:
+        before = self.answered
+        threading.Event().wait(0.05)
+        self.meanwhile.append(self.answered - before)
+        return super().update(*args)
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+class Prompts(Loader):
+    sets: tuple[Any, ...] = ()
+    curriculum = Curriculum(0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.judged: list[str] = []
+
+    def record(self, uid: str, correct: int, attempts: int) -> None:
+        self.judged.append(uid)
+
+
+class Records(Sinks):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[dict[str, float]] = []
+
+    def log(self, step: int, metrics: Any) -> None:
+        self.records.append({"step": step, **metrics})
+
+
+@pytest.fixture
+def _one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@dataclasses.dataclass
+class Trained:
+    stub: Ahead
+    records: list[dict[str, float]]
+    judged: list[str]  # problems that a step consumed, in order
+
+
+def trained(folder: Path, m: int, max_steps: int, resumed: int | None = None) -> Trained:
+    """A run of the real trainer, controller and sampler to `max_steps`, with a checkpoint after each step."""
+    config = RunConfig(
+        model=ModelConfig(path=str(model_folder(folder))),
+        algorithm=AlgorithmConfig(prompts_per_step=2, group_size=G, minibatch_size=2 * G, importance_cap=2.0),
+        trainer=TrainerConfig(max_steps=max_steps),
+        rollout=RolloutConfig(max_staleness=m),
+        evaluation=EvaluationConfig(every=0),
+    )
+    config.logger.progress, config.checkpoint.every, config.checkpoint.keep = False, 1, 0
+    stub, sink, loader = Ahead(), Records(), Prompts()
+    controller = Controller(config, folder, stub, stub, loader, {}, sink, lambda ids: [""] * len(ids))  # type: ignore[arg-type]
+    try:
+        DAPOTrainer(config, folder, stub, controller, None, resumed=resumed).fit()  # type: ignore[arg-type]
+    finally:
+        controller.close()
+    return Trained(stub, sink.records, loader.judged)
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_the_trainer_updates_while_groups_are_sampled_and_no_token_is_older_than_allowed(tmp_path: Path) -> None:
+    run = trained(tmp_path, 2, max_steps=6)
+    assert sum(run.stub.meanwhile) > 4
+    assert max(record["rollout/age_max"] for record in run.records) in (1.0, 2.0)
+    assert all(record["rollout/groups_kept"] == 2 for record in run.records)
+    assert len(set(run.stub.asked)) == len(run.stub.asked)
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_the_trainer_without_staleness_samples_nothing_during_an_update(tmp_path: Path) -> None:
+    run = trained(tmp_path, 0, max_steps=3)
+    assert run.stub.meanwhile == [0, 0, 0]
+    assert {record["rollout/age_max"] for record in run.records} == {0.0}
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_a_trainer_that_resumes_takes_the_groups_of_its_checkpoint_and_none_twice(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = trained(tmp_path / "whole", 2, max_steps=5)
+    first = trained(tmp_path, 2, max_steps=3)
+    saved = checkpoint.read_state(tmp_path / "checkpoints", 3)
+    finished = {one.prompt.metadata["i"] for one in saved["window"] if one.group}
+    assert finished, "the trainer was stopped without anything in its window"
+    assert checkpoint.verify(tmp_path / "checkpoints" / "step_000003", None) == []
+    second = trained(tmp_path, 2, max_steps=5, resumed=3)
+    assert not finished & set(second.stub.asked)
+    assert first.judged + second.judged == whole.judged
+    assert [record["step"] for record in second.records] == [4, 5]
