@@ -132,19 +132,42 @@ def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Ten
     return torch.where(mask, log_ratio.exp().clamp(max=cap), 0.0).detach()
 
 
-def logprob_gap(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """How far trainer and rollout engine disagree on the same tokens [T]: scalar sums without gradient.
+def response_ratios(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, segment: Tensor, lengths: Tensor, *, geometric: bool
+) -> Tensor:
+    """p_trainer / p_rollout of whole responses, at each of their tokens: the product of the tokens' ratios, or, where
+    `geometric`, its root of as many as there are; [T], detached.
 
-    `gap` sums |logprobs - rollout_logprobs|, `gap_kl` the k3 estimate of KL(rollout || trainer), `tokens` the mask.
+    `segment` [T] is the response that a token belongs to, `lengths` [S] the responses' tokens, all of which must be here.
+    """
+    log_ratio = torch.where(mask.bool(), old_logprobs - rollout_logprobs, 0.0).detach()
+    sums = torch.zeros(lengths.shape, dtype=log_ratio.dtype, device=log_ratio.device).index_add(0, segment, log_ratio)
+    return (sums / lengths.clamp(min=1) if geometric else sums).exp()[segment]
+
+
+def outside(ratio: Tensor, *, low: float, high: float) -> Tensor:
+    """Where `ratio` lies below `low` or above `high`, 0 being no bound. NaN does not: masked, it would never be seen."""
+    return (ratio < low) | (ratio > (high or torch.inf))
+
+
+def logprob_gap(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """How far trainer and rollout engine disagree on the same tokens [T]: scalars without gradient.
+
+    Sums: `gap` of |logprobs - rollout_logprobs|, `gap_kl` of the k3 estimate of KL(rollout || trainer), `weight` and
+    `weight_squared` of p_trainer / p_rollout, `tokens` of the mask. `gap_max` is the largest difference.
     """
     mask = mask.bool()
     difference = torch.where(mask, logprobs - rollout_logprobs, 0.0)
-    sums = {
+    weight = torch.where(mask, bounded(difference).exp(), 0.0)
+    found = {
         "gap": difference.abs().sum(),
         "gap_kl": kl_penalty(torch.zeros_like(difference), difference, estimator="k3").sum(),
+        "weight": weight.sum(),
+        "weight_squared": weight.square().sum(),
         "tokens": mask.sum(),
+        "gap_max": difference.abs().max(),
     }
-    return detached(sums, logprobs.dtype)
+    return detached(found, logprobs.dtype)
 
 
 def bounded(log_ratio: Tensor) -> Tensor:

@@ -316,6 +316,23 @@ def check_importance_weights_ignore_masked_tokens(impl: ModuleType) -> None:
     close(weights, [1.0, 0.0, 0.0, 0.0])
 
 
+def check_response_ratios_are_products_or_geometric_means(impl: ModuleType) -> None:
+    # Ratios 2 and 8 of one response, 0.5 of another; a prompt token of the first and the padding are masked.
+    old = torch.tensor([NAN, 2.0, 8.0, 0.5, 9.0], dtype=torch.float64).log().requires_grad_()
+    mask, segment = torch.tensor([0, 1, 1, 1, 0]), torch.tensor([0, 0, 0, 1, 2])
+    inputs = old, torch.zeros(5, dtype=torch.float64), mask, segment, torch.tensor([2, 1, 0])
+    close(impl.response_ratios(*inputs, geometric=False), [16, 16, 16, 0.5, 1], 1e-12)
+    close(impl.response_ratios(*inputs, geometric=True), [4, 4, 4, 0.5, 1], 1e-12)
+    assert not impl.response_ratios(*inputs, geometric=True).requires_grad
+
+
+def check_a_ratio_is_outside_beyond_bounds_that_are_set(impl: ModuleType) -> None:
+    ratio = torch.tensor([0.1, 0.5, 1.0, 2.0, 1e30, NAN])  # the bounds themselves are inside, and what is no number
+    assert impl.outside(ratio, low=0.5, high=2.0).tolist() == [True, False, False, False, True, False]
+    assert impl.outside(ratio, low=0.5, high=0.0).tolist() == [True, False, False, False, False, False]
+    assert not impl.outside(ratio, low=0.0, high=0.0).any()
+
+
 def check_weighted_advantages_weigh_the_loss(impl: ModuleType) -> None:
     # min(w a, w b) = w min(a, b) for w > 0: the way importance_weights is meant to be used changes no clipping.
     ratios, advantages, weights = [1.4, 0.5, 0.5, 1.1], [1.0, 1.0, -1.0, -2.0], [0.5, 2.0, 1.5, 1.0]
@@ -330,6 +347,9 @@ def check_logprob_gap_by_hand(impl: ModuleType) -> None:
     sums = impl.logprob_gap(logprobs, rollout, torch.tensor([1, 1, 0, 0]))
     close(sums["gap"], 1.5, 1e-12)
     close(sums["gap_kl"], (math.exp(0.5) - 1.5) + math.exp(-1.0), 1e-12)
+    close(sums["gap_max"], 1.0, 1e-12)
+    close(sums["weight"], math.exp(0.5) + math.exp(-1.0), 1e-12)
+    close(sums["weight_squared"], math.exp(1.0) + math.exp(-2.0), 1e-12)
     assert sums["tokens"] == 2
     assert not any(value.requires_grad for value in sums.values())
 

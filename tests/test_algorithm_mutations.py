@@ -90,8 +90,8 @@ MUTANTS = {
         'log_ratio, estimator="k3").sum(),\n        "tokens": torch.ones_like(mask).sum()',
     ),
     "masked positions counted in the gap": (
-        'difference, estimator="k3").sum(),\n        "tokens": mask.sum()',
-        'difference, estimator="k3").sum(),\n        "tokens": torch.ones_like(mask).sum()',
+        '"tokens": mask.sum(),\n        "gap_max"',
+        '"tokens": torch.ones_like(mask).sum(),\n        "gap_max"',
     ),
     "divergence reversed": (
         'kl_penalty(torch.zeros_like(log_ratio), log_ratio, estimator="k3")',
@@ -107,11 +107,34 @@ MUTANTS = {
     "k3 by exp": ("torch.expm1(bounded(log_ratio)) -", "bounded(log_ratio).exp() - 1 -"),
     "k3 overflows": ("torch.expm1(bounded(log_ratio))", "torch.expm1(log_ratio)"),
     # Trainer against rollout engine
-    "weights inverted": ("old_logprobs - rollout_logprobs, 0.0)", "rollout_logprobs - old_logprobs, 0.0)"),
+    "weights inverted": (
+        "old_logprobs - rollout_logprobs, 0.0)\n",
+        "rollout_logprobs - old_logprobs, 0.0)\n",
+    ),
     "weights not capped": ("log_ratio.exp().clamp(max=cap)", "log_ratio.exp()"),
     "weights floored": ("clamp(max=cap)", "clamp(min=0.5, max=cap)"),
     "weights keep the graph": ("clamp(max=cap), 0.0).detach()", "clamp(max=cap), 0.0)"),
     "masked weights of one": ("torch.where(mask, log_ratio.exp()", "torch.where(mask | True, log_ratio.exp()"),
+    "responses inverted": ("old_logprobs - rollout_logprobs, 0.0).detach()", "rollout_logprobs - old_logprobs, 0.0)"),
+    "responses keep the graph": (
+        "old_logprobs - rollout_logprobs, 0.0).detach()",
+        "old_logprobs - rollout_logprobs, 0.0)",
+    ),
+    "responses not masked": (
+        "torch.where(mask.bool(), old_logprobs - rollout_logprobs, 0.0)",
+        "(old_logprobs - rollout_logprobs)",
+    ),
+    "product for mean": ("sums / lengths.clamp(min=1) if geometric else sums", "sums"),
+    "mean for product": ("lengths.clamp(min=1) if geometric else sums", "lengths.clamp(min=1)"),
+    "no lower bound": ("(ratio < low) | ", ""),
+    "no upper bound": (" | (ratio > (high or torch.inf))", ""),
+    "bounds are outside": ("(ratio < low)", "(ratio <= low)"),
+    "a bound of 0 bounds": ("(high or torch.inf)", "high"),
+    "NaN is outside": ("(ratio < low) |", "~(ratio >= low) |"),
+    "weights of masked tokens": ("bounded(difference).exp(), 0.0)", "bounded(difference).exp(), 1.0)"),
+    "weights of the other side": ("bounded(difference).exp()", "bounded(-difference).exp()"),
+    "square of the sum": ("weight.square().sum()", "weight.sum().square()"),
+    "largest with sign": ("difference.abs().max()", "difference.max()"),
     "gap with sign": ("difference.abs().sum()", "difference.sum()"),
     "gap not masked": ("torch.where(mask, logprobs - rollout_logprobs, 0.0)", "logprobs - rollout_logprobs"),
     "gap divergence reversed": (

@@ -242,6 +242,18 @@ CONTRADICTIONS = {
         ["algorithm.loss_length=0", "rollout.max_response_length"],
     ),
     "weights of tokens": (["algorithm=gspo", "algorithm.importance_cap=2"], ["importance_cap=2.0", "set it to 0"]),
+    "weights of tokens, low": (
+        ["algorithm=gspo", "algorithm.importance_low=0.5"],
+        ["importance_low=0.5", "set it to 0"],
+    ),
+    "bounds of nothing": (
+        ["algorithm.importance_sequence_high=2"],
+        ["importance_sequence_low=0.0, _high=2.0", "set algorithm.importance_sequence=mean or product"],
+    ),
+    "a ratio without bounds": (
+        ["algorithm.importance_sequence=mean"],
+        ["algorithm.importance_sequence=mean without a bound", "set one, or none"],
+    ),
     "dual clip of none": (["algorithm=cispo", "algorithm.dual_clip=10"], ["dual_clip=10.0", "set it to null"]),
     "devices": (["rollout.visible_devices=['0','1']"], ["visible_devices has 2", "num_servers=1", "one each"]),
     "evaluation of copies": (
@@ -262,6 +274,14 @@ CONTRADICTIONS = {
     "responses cut by context parallelism": (
         ["algorithm=gspo", "parallel.context_parallel_size=2"],
         ["algorithm.loss=gspo", "context_parallel_size=2", "set it to 1"],
+    ),
+    "responses weighed under context parallelism": (
+        [
+            "algorithm.importance_sequence=mean",
+            "algorithm.importance_sequence_high=2",
+            "parallel.context_parallel_size=2",
+        ],
+        ["algorithm.importance_sequence=mean", "context_parallel_size=2", "set it to none"],
     ),
     "experts of more ranks": (
         ["parallel.expert_model_parallel_size=4"],

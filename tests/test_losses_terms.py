@@ -90,11 +90,6 @@ def test_importance_weights_scale_the_advantages_up_to_their_cap() -> None:
     assert wild.item() == pytest.approx(-4.0 * 2.0, rel=1e-5)
 
 
-def test_the_gap_to_the_rollout_engine_is_summed_over_response_tokens() -> None:
-    _, sums = make_loss_fn(AlgorithmConfig())(*scores(-1.0), micro_batch(rollout=-1.25))
-    assert sums["gap"].item() == pytest.approx(0.5)
-
-
 def test_numbers_at_masked_positions_never_leak() -> None:
     micro = micro_batch(old=-1.0, ref=-1.3)
     logprobs, entropy = scores()

@@ -12,7 +12,18 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nemo_dapo.telemetry.metrics import Last, Max, Mean, Min, Record, Sum, merge, merge_across_ranks, values
+from nemo_dapo.telemetry.metrics import (
+    EffectiveShare,
+    Last,
+    Max,
+    Mean,
+    Min,
+    Record,
+    Sum,
+    merge,
+    merge_across_ranks,
+    values,
+)
 from nemo_dapo.telemetry.sinks import Console, MetricsJsonl, Sinks, TensorBoardSink, WandbSink, duration, start_anew
 
 # Metrics
@@ -32,6 +43,12 @@ def test_the_way_micro_batches_are_cut_does_not_change_the_mean() -> None:
     for cuts in ([0, 7], [0, 1, 7], [0, 3, 3, 5, 7], list(range(8))):
         pieces = [{"x": Mean(sum(tokens[a:b]), b - a)} for a, b in pairwise(cuts)]
         assert values(merge(pieces)) == {"x": sum(tokens) / 7}
+
+
+def test_an_effective_share_is_of_all_weights_together() -> None:
+    parts = [{"x": EffectiveShare(4.0, 8.0, 2)}, {"x": EffectiveShare(2.0, 4.0, 2)}]
+    assert values(merge(parts)) == {"x": 36 / (12 * 4)}  # the mean of 1 and 0.5, the parts' own, is another number
+    assert math.isnan(EffectiveShare(0.0, 0.0, 0).value)
 
 
 def test_a_rank_without_a_metric_does_not_count() -> None:

@@ -27,6 +27,7 @@ from nemo_dapo.config.schema import (
     RewardTermConfig,
     RolloutConfig,
     RunConfig,
+    SequenceRatio,
     TrainerConfig,
 )
 
@@ -55,6 +56,7 @@ __all__ = [
     "RewardTermConfig",
     "RolloutConfig",
     "RunConfig",
+    "SequenceRatio",
     "TrainerConfig",
     "asked_to_print",
     "compose_file",

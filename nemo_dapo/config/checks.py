@@ -20,6 +20,7 @@ from nemo_dapo.config.schema import (
     Placement,
     RewardConfig,
     RunConfig,
+    SequenceRatio,
 )
 
 LOSSES = ("dapo", "cispo", "dr_grpo", "gspo")  # as in losses/, which must not be imported here
@@ -134,13 +135,22 @@ def _check_algorithm(a: AlgorithmConfig) -> Iterator[str]:
             "algorithm.loss=dr_grpo divides by algorithm.loss_length=0: set it to rollout.max_response_length, as "
             "algorithm=dr_grpo does"
         )
-    if a.loss == "gspo" and a.importance_cap:
-        yield (
-            f"algorithm.loss=gspo clips whole responses, algorithm.importance_cap={a.importance_cap} weighs single tokens: "
-            "set it to 0"
-        )
+    yield from _check_importance(a)
     if a.dual_clip is not None and a.loss in ("cispo", "gspo"):
         yield f"algorithm.loss={a.loss} has no dual clip, but algorithm.dual_clip={a.dual_clip}: set it to null"
+
+
+def _check_importance(a: AlgorithmConfig) -> Iterator[str]:
+    of_tokens = {name: getattr(a, name) for name in ("importance_cap", "importance_low", "importance_high")}
+    for name, value in of_tokens.items():
+        if a.loss == "gspo" and value:
+            yield f"algorithm.loss=gspo clips whole responses, algorithm.{name}={value} is of single tokens: set it to 0"
+    bounds = f"algorithm.importance_sequence_low={a.importance_sequence_low}, _high={a.importance_sequence_high}"
+    is_bounded = bool(a.importance_sequence_low or a.importance_sequence_high)
+    if is_bounded and a.importance_sequence is SequenceRatio.none:
+        yield f"{bounds} bound no ratio: set algorithm.importance_sequence=mean or product, or both to 0"
+    if not is_bounded and a.importance_sequence is not SequenceRatio.none:
+        yield f"algorithm.importance_sequence={a.importance_sequence.value} without a bound, {bounds}: set one, or none"
 
 
 def _check_lengths(config: RunConfig, model: dict[str, Any] | None) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nemo_dapo.config import model_family
-from nemo_dapo.config.schema import ParallelConfig, RunConfig
+from nemo_dapo.config.schema import ParallelConfig, RunConfig, SequenceRatio
 
 
 def check_layout(config: RunConfig, model: dict[str, Any] | None, world_size: int) -> Iterator[str]:
@@ -26,6 +26,11 @@ def check_layout(config: RunConfig, model: dict[str, Any] | None, world_size: in
         yield (
             f"algorithm.loss=gspo needs a response's tokens on one rank, parallel.context_parallel_size={cp} deals "
             "them out; set it to 1, or use tensor or pipeline parallelism"
+        )
+    if cp > 1 and config.algorithm.importance_sequence is not SequenceRatio.none:
+        yield (
+            f"algorithm.importance_sequence={config.algorithm.importance_sequence.value} needs a response's tokens on one "
+            f"rank, parallel.context_parallel_size={cp} deals them out; set it to none, or that to 1"
         )
     if p.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel=true splits tokens over tensor-parallel ranks, but there is 1; set it to false"

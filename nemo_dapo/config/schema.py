@@ -37,6 +37,12 @@ class KLEstimator(Enum):
     k3 = "k3"
 
 
+class SequenceRatio(Enum):
+    none = "none"
+    mean = "mean"
+    product = "product"
+
+
 class RewardStyle(Enum):
     math = "math"
     dapo = "dapo"
@@ -250,8 +256,16 @@ class AlgorithmConfig:
     kl_coeff: float = number(0.0, at_least=0)  # of the divergence from the starting model; the paper has none
     kl_estimator: KLEstimator = KLEstimator.k3  # of that divergence, a token
     entropy_coeff: float = number(0.0, at_least=0)  # of a bonus on the policy's entropy
-    # truncated importance sampling of trainer against vLLM probabilities; 0 = off
+    # importance correction by the ratio of trainer to vLLM probabilities: a token weighs its ratio, at most this; 0 = off
     importance_cap: float = number(0.0, at_least=1, also=(0,), why="0 switches the correction off")
+    importance_low: float = number(0.0, at_least=0, at_most=1)  # tokens of a lower ratio leave the loss; 0 = none do
+    # tokens of a higher ratio leave the loss; 0 = none do
+    importance_high: float = number(0.0, at_least=1, also=(0,), why="0 is no bound")
+    # ratio by which whole responses leave the loss: their tokens' geometric mean or product; none = they never do
+    importance_sequence: SequenceRatio = SequenceRatio.none
+    importance_sequence_low: float = number(0.0, at_least=0, at_most=1)  # responses of a lower one leave; 0 = none do
+    # responses of a higher one leave; 0 = none do
+    importance_sequence_high: float = number(0.0, at_least=1, also=(0,), why="0 is no bound")
     dynamic_sampling: bool = True  # drop groups that are all right or all wrong and sample others (Eq. 11)
     # groups sampled a step, at most this many times prompts_per_step
     max_attempts: float = number(10.0, at_least=1, at_most=1e6)

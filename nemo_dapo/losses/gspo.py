@@ -14,6 +14,7 @@ from nemo_dapo import algorithm
 from nemo_dapo.batching import MicroBatch
 from nemo_dapo.config import AlgorithmConfig
 from nemo_dapo.interfaces import LossFn
+from nemo_dapo.losses.importance import weighted_advantages
 from nemo_dapo.losses.terms import old_policy, with_penalties
 
 
@@ -52,10 +53,12 @@ def make_loss_fn(config: AlgorithmConfig) -> LossFn:
     """GSPO, plus, where their coefficients are not 0, each response's mean KL term and entropy bonus."""
 
     def loss_fn(logprobs: Tensor, entropy: Tensor | None, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        old_logprobs = old_policy(logprobs, micro)
+        advantages, shares = weighted_advantages(config, old_logprobs, micro)  # a mask of whole responses, if any
         loss, sums = gspo_loss(
             logprobs,
-            old_policy(logprobs, micro),
-            micro.advantages,
+            old_logprobs,
+            advantages,
             micro.mask,
             micro.segment,
             micro.response_lengths,
@@ -63,7 +66,7 @@ def make_loss_fn(config: AlgorithmConfig) -> LossFn:
             clip_high=config.clip_high,
         )
         weights = 1.0 / micro.response_lengths.clamp(min=1)[micro.segment]
-        loss, sums = with_penalties(config, loss, sums, logprobs, entropy, micro, weights)
+        loss, sums = with_penalties(config, loss, sums | shares, logprobs, entropy, micro, weights)
         return loss, sums | {"denominator": micro.starts.sum()}
 
     return loss_fn

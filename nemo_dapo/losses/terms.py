@@ -1,4 +1,4 @@
-"""What the losses share: the old policy, importance weights, the KL term, the entropy bonus."""
+"""What the losses share: the old policy, the KL term, the entropy bonus."""
 
 from __future__ import annotations
 
@@ -14,15 +14,6 @@ def old_policy(logprobs: Tensor, micro: MicroBatch) -> Tensor:
     """Log-probabilities under theta_old; on the first update of a step that is theta: the ratio is 1 and only its
     gradient matters."""
     return logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
-
-
-def weighted_advantages(config: AlgorithmConfig, old_logprobs: Tensor, micro: MicroBatch) -> Tensor:
-    """[T] advantages, times the truncated importance weights where `importance_cap` asks for them."""
-    if not config.importance_cap:
-        return micro.advantages
-    return micro.advantages * algorithm.importance_weights(
-        old_logprobs, micro.rollout_logprobs, micro.mask, cap=config.importance_cap
-    )
 
 
 def with_penalties(
@@ -42,7 +33,6 @@ def with_penalties(
     mask, weight = micro.mask, 1.0 if weights is None else weights
     entropy = torch.where(mask, entropy, 0.0)
     sums["entropy"] = entropy.detach().sum()
-    sums["gap"] = algorithm.logprob_gap(old_policy(logprobs, micro), micro.rollout_logprobs, mask)["gap"]
     if config.entropy_coeff:
         loss = loss - config.entropy_coeff * (weight * entropy).sum()
     if config.kl_coeff:

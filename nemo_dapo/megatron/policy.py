@@ -39,6 +39,7 @@ from nemo_dapo.megatron.moe import ExpertLoad
 from nemo_dapo.megatron.optimizer import ddp_config, make_optimizer
 from nemo_dapo.megatron.parallel import device, full_float32
 from nemo_dapo.megatron.provider import make_provider
+from nemo_dapo.mismatch import Mismatch
 from nemo_dapo.telemetry.metrics import Max, Mean, Metric
 from nemo_dapo.types import Stage, TrainBatch
 
@@ -88,6 +89,7 @@ class MegatronPolicy:
         self.expert_load = ExpertLoad(self.model)
         self.memory = PolicyMemory(self.model, self.optimizer, self.reference, moves=offload, servers=servers)
         self.bad_tokens: list[tuple[Tensor, Tensor]] = []
+        self.mismatch = Mismatch()
         self.local_gradient_finite = torch.ones((), dtype=torch.bool)
 
     def _build(self, *, trainable: bool) -> list[Any]:
@@ -217,8 +219,8 @@ class MegatronPolicy:
         total = torch.zeros(batch.tokens.numel(), dtype=torch.float32)
         if self._reports():
             total = scatter_logprobs(microbatches, scored, total.numel())
-        total = _all_reduce(total, parallel_state.get_model_parallel_group())
-        return _all_reduce(total, parallel_state.get_context_parallel_group())
+        total = _all_reduce(total, group=parallel_state.get_model_parallel_group())
+        return _all_reduce(total, group=parallel_state.get_context_parallel_group())
 
     # ---------------------------------------------------------------- update
 
@@ -260,11 +262,13 @@ class MegatronPolicy:
         / (sum of the loss function's `denominator`).
         """
         self.bad_tokens.clear()
+        self.mismatch.clear()
 
         def loss_func(scores: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             logprobs, entropy = scores[0].unbind(-1)
             finite = logprobs.detach().isfinite() & micro.advantages.isfinite()
             self.bad_tokens.append((micro.sequence, micro.mask & ~finite))
+            self.mismatch.see(logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs, micro)
             loss, sums = loss_fn(logprobs, entropy, micro)
             sums = {"loss": loss.detach(), "denominator": micro.mask.sum()} | sums
             return loss, sums["denominator"].int(), sums
@@ -279,7 +283,9 @@ class MegatronPolicy:
         per_microbatch = self._run(self.model, forward_step, microbatches, train=True)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        return grad_norm, self._token_means(batch, loss_fn, per_microbatch) | self.expert_load.take_metrics()
+        apart = self.mismatch.metrics(_all_reduce, counts=self._reports())
+        means = self._token_means(batch, loss_fn, per_microbatch)
+        return grad_norm, means | apart | self.expert_load.take_metrics()
 
     def _token_means(self, batch: TrainBatch, loss_fn: LossFn, sums: list[dict[str, Tensor]]) -> dict[str, Metric]:
         """All ranks' sums over the response tokens of the whole batch; the loss over its own denominator."""
@@ -389,8 +395,10 @@ def _sequences_of(micro: MicroBatch) -> PackedSeqParams:
     )
 
 
-def _all_reduce(host: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sum over the ranks of `group`, or all, of a host tensor, through the device that the default group speaks to."""
+def _all_reduce(
+    host: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """A host tensor over the ranks of `group`, or all, by `op`, through the device that the default group speaks to."""
     moved = host.to(device()) if torch.cuda.is_available() else host
-    dist.all_reduce(moved, group=group)
+    dist.all_reduce(moved, op, group=group)
     return moved.cpu()

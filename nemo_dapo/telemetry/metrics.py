@@ -32,6 +32,22 @@ class Mean:
 
 
 @dataclass(frozen=True)
+class EffectiveShare:
+    """Effective sample size of importance weights, (sum w)^2 / sum w^2, as a share of their `count`; NaN of none."""
+
+    weights: float
+    squares: float
+    count: float
+
+    def merge(self, other: EffectiveShare) -> EffectiveShare:
+        return EffectiveShare(self.weights + other.weights, self.squares + other.squares, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        return self.weights**2 / (self.squares * self.count) if self.squares else math.nan
+
+
+@dataclass(frozen=True)
 class Sum:
     value: float
 
@@ -69,9 +85,9 @@ class Last:
         return other
 
 
-Metric = Mean | Sum | Max | Min | Last
+Metric = Mean | EffectiveShare | Sum | Max | Min | Last
 Record = Mapping[str, Metric]
-KINDS: dict[str, type[Metric]] = {kind.__name__: kind for kind in (Mean, Sum, Max, Min, Last)}
+KINDS: dict[str, type[Metric]] = {kind.__name__: kind for kind in (Mean, EffectiveShare, Sum, Max, Min, Last)}
 
 
 def merge(records: Iterable[Record]) -> dict[str, Metric]:
