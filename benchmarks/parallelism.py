@@ -49,7 +49,10 @@ def main() -> None:
     wanted = matrix.pairwise(every) if options.pairwise else every
     print(f"{len(wanted)} of {len(every)} combinations", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        results = list(matrix.run(Path(folder), wanted))
+        results = []
+        for result in matrix.run(Path(folder), wanted):
+            results.append(result)
+            print(f"{len(results)}: {result}", flush=True)
     print(table(results))
     if options.table:
         before, begin, rest = options.table.read_text().partition("<!-- table -->\n")

@@ -1,7 +1,8 @@
 """One batch under every layout of up to four ranks: the same gradient, weights and log-probabilities as on one rank.
 
-A case is a model, a layout and a budget of tokens a micro-batch. The reference is one rank with one micro-batch. Each job
-forks its ranks once and runs its cases one after another; rank 0 compares and reports.
+A case is a model, a layout and a budget of tokens a micro-batch. The reference is one rank with one micro-batch. Each
+layout forks ranks of its own, since its process groups leave threads behind; they run its cases one after another, and
+rank 0 compares.
 """
 
 from __future__ import annotations
@@ -125,11 +126,11 @@ def is_equal(differences: dict[str, float]) -> bool:
     )
 
 
-def run_rank(folder: Path, ranks: int, rank: int, wanted: list[Case]) -> None:
-    """One rank's cases; rank 0 appends a line of JSON for each to `results`."""
+def run_rank(folder: Path, ranks: int, rank: int, name: str, wanted: list[Case]) -> None:
+    """One rank's cases; rank 0 appends a line of JSON for each to `results`. `name` is this job's alone."""
     torch.set_num_threads(1)
     job = Job(folder, ranks, rank)
-    job.join(f"meet{ranks}")
+    job.join(name)
     for case in wanted:
         reference, started = folder / f"{case.model}.pt", time.monotonic()
         try:
@@ -166,11 +167,12 @@ def run(folder: Path, wanted: list[Case]) -> Iterator[dict[str, Any]]:
     assert policy is not None
     weights._import_bridge()
     fork_ranks([(run_reference, (folder,))], folder)
-    for ranks in RANKS:
-        if mine := [case for case in wanted if case.ranks == ranks]:
-            fork_ranks([(run_rank, (folder, ranks, rank, mine)) for rank in range(ranks)], folder)
-    for line in (folder / "results").read_text().splitlines():
-        yield json.loads(line)
+    results = folder / "results"
+    for number, (ranks, layout) in enumerate(dict.fromkeys((case.ranks, case.layout) for case in wanted)):
+        results.write_text("")
+        mine = [case for case in wanted if (case.ranks, case.layout) == (ranks, layout)]
+        fork_ranks([(run_rank, (folder, ranks, rank, f"meet{number}", mine)) for rank in range(ranks)], folder)
+        yield from map(json.loads, results.read_text().splitlines())
 
 
 def fork_ranks(jobs: list[tuple[Any, tuple[Any, ...]]], folder: Path) -> None:
