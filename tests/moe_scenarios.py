@@ -19,6 +19,8 @@ from tests.parallel_matrix import fork_ranks
 from tests.policy_scenarios import LOSS, ROPE_THETA, VOCAB, Job, Layout, make_train_batch
 from tests.tiny import save_tiny_model
 
+Scenarios = dict[str, Callable[[Job], Any]]
+
 MODEL = "mixture"
 LAYERS = 4
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -64,7 +66,7 @@ def sequences_for_attention(layout: Layout) -> Callable[[Job], list[Any]]:
     return scenario
 
 
-SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
+SCENARIOS: dict[int, Scenarios] = {
     ranks: {
         f"load, {name}{', recomputed' if megatron else ''}": load(layout, megatron)
         for name, layout in layouts.items()
@@ -75,11 +77,11 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
 }
 
 
-def run_rank(folder: Path, ranks: int, rank: int) -> None:
+def run_rank(folder: Path, ranks: int, rank: int, scenarios: Scenarios) -> None:
     torch.set_num_threads(1)
     job, results = Job(folder, ranks, rank), {}
     job.join(f"meet{ranks}")
-    for name, scenario in SCENARIOS[ranks].items():
+    for name, scenario in scenarios.items():
         try:
             results[name] = scenario(job)
         except Exception:
@@ -87,6 +89,19 @@ def run_rank(folder: Path, ranks: int, rank: int) -> None:
             raise
     if rank == 0:
         torch.save(results, folder / f"world{ranks}.pt")
+
+
+def run_jobs(folder: Path, jobs: dict[int, Scenarios]) -> None:
+    """One job for each number of ranks, whose processes are forks of this one. Raises RuntimeError when a rank fails."""
+    from nemo_dapo.megatron import cpu
+
+    cpu.install()
+    from nemo_dapo.megatron import policy, weights
+
+    assert policy is not None
+    weights._import_bridge()
+    for ranks, scenarios in jobs.items():
+        fork_ranks([(run_rank, (folder, ranks, rank, scenarios)) for rank in range(ranks)], folder)
 
 
 def main(folder: Path) -> None:
@@ -98,15 +113,7 @@ def main(folder: Path) -> None:
         vocab=VOCAB,
         layers=LAYERS,
     )
-    from nemo_dapo.megatron import cpu
-
-    cpu.install()
-    from nemo_dapo.megatron import policy, weights
-
-    assert policy is not None
-    weights._import_bridge()
-    for ranks in SCENARIOS:
-        fork_ranks([(run_rank, (folder, ranks, rank)) for rank in range(ranks)], folder)
+    run_jobs(folder, SCENARIOS)
 
 
 if __name__ == "__main__":

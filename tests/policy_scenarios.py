@@ -151,7 +151,8 @@ class Job:
 
         optimizer = options.pop("optimizer", OptimizerConfig(lr=1e-3, warmup_steps=0))
         precision = options.pop("precision", Precision.fp32)
-        config_of_model = {"precision": precision, "megatron": options.pop("megatron", {})}
+        of_model = ("megatron", "lora", "replay_routes")
+        config_of_model = {"precision": precision} | {n: options.pop(n) for n in of_model if n in options}
         return MegatronPolicy(
             ModelConfig(path=str(self.folder / "models" / model), **config_of_model),
             config,

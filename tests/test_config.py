@@ -361,6 +361,7 @@ def test_a_model_that_the_layout_does_not_divide_is_refused(
 
 
 EXPERTS = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 6}
+SAVED_BY_TRANSFORMERS_5 = {"num_local_experts" if key == "num_experts" else key: EXPERTS[key] for key in EXPERTS}
 
 
 @pytest.mark.parametrize(
@@ -368,6 +369,7 @@ EXPERTS = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], 
     [
         ({}, ["expert_model_parallel_size=2"], ["expert_model_parallel_size=2", "the model has none", "to 1"]),
         (EXPERTS, ["expert_model_parallel_size=4"], ["expert_model_parallel_size=4", "num_experts=6"]),
+        (SAVED_BY_TRANSFORMERS_5, ["expert_model_parallel_size=4"], ["expert_model_parallel_size=4", "num_experts=6"]),
         (
             {"num_hidden_layers": 6},
             ["pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2"],
@@ -386,6 +388,24 @@ def test_a_layout_that_cannot_hold_the_models_parts_is_refused(
 ) -> None:
     rewrite(model, **changes)
     message = complaint(*command, *(f"parallel.{argument}" for argument in arguments), world_size=4)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "parts"),
+    [
+        ({}, ["model.lora.rank=3", "parallel=tp2"], ["model.lora.rank=3", "tensor_model_parallel_size=2", "multiple"]),
+        ({}, ["model.lora.rank=4", "model.lora.target_modules=[q_proj]"], ["target_modules=['q_proj']", "linear_qkv"]),
+        ({}, ["model.lora.rank=4", "model.lora.target_modules=[]"], ["target_modules=[]", "some of linear_qkv"]),
+        (EXPERTS, ["model.lora.rank=4"], ["linear_fc1, linear_fc2", "experts'", "[linear_qkv,linear_proj]"]),
+    ],
+)
+def test_adapters_that_the_model_cannot_have_are_refused(
+    changes: dict[str, Any], arguments: list[str], parts: list[str], model: Path, command: list[str]
+) -> None:
+    rewrite(model, **changes)
+    message = complaint(*command, *arguments, world_size=2)
     for part in parts:
         assert part in message
 

@@ -24,6 +24,7 @@ from nemo_dapo.config.schema import (
 )
 
 LOSSES = ("dapo", "cispo", "dr_grpo", "gspo")  # as in losses/, which must not be imported here
+ADAPTED_LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 FUNCTION = re.compile(r"[\w.]+:\w+|https?://.+")
 
 
@@ -48,6 +49,7 @@ def validate(config: RunConfig, world_size: int) -> None:
             *_check_evaluation(config),
             *check_layout(config, model, world_size),
             *_check_model(config, model),
+            *_check_adapters(config, model),
             *_check_passed_through(config),
             *unreadable,
         ]
@@ -267,6 +269,26 @@ def _check_passed_through(config: RunConfig) -> Iterator[str]:
     yield from reserved.problems("parallel.ddp", config.parallel.ddp)
     if "head_dtype" in (config.rollout.vllm.get("hf_overrides") or {}):
         yield "rollout.vllm.hf_overrides sets head_dtype on one side alone; set model.fp32_logits=true for both"
+
+
+def _check_adapters(config: RunConfig, model: dict[str, Any] | None) -> Iterator[str]:
+    lora, tp = config.model.lora, config.parallel.tensor_model_parallel_size
+    if not lora.rank:
+        return
+    if lora.rank % tp:
+        yield (
+            f"model.lora.rank={lora.rank} is dealt to parallel.tensor_model_parallel_size={tp} ranks, which does not "
+            f"divide it; set it to a multiple of {tp}"
+        )
+    unknown = [name for name in lora.target_modules if name not in ADAPTED_LAYERS]
+    if unknown or not lora.target_modules:
+        yield f"model.lora.target_modules={lora.target_modules} must be some of {', '.join(ADAPTED_LAYERS)}"
+    of_experts = [name for name in lora.target_modules if name.startswith("linear_fc")]
+    if of_experts and model_family.num_experts(model or {}):
+        yield (
+            f"model.lora.target_modules has {', '.join(of_experts)}, which of a mixture are its experts': they get no "
+            "adapters here; set it to [linear_qkv,linear_proj]"
+        )
 
 
 def _check_model(config: RunConfig, model: dict[str, Any] | None) -> Iterator[str]:

@@ -59,7 +59,7 @@ def _check_divisions(config: RunConfig, model: dict[str, Any]) -> Iterator[str]:
 
 def _check_experts(p: ParallelConfig, model: dict[str, Any], world_size: int) -> Iterator[str]:
     experts, tp, ep, etp = (
-        model.get("num_experts"),
+        model_family.num_experts(model),
         p.tensor_model_parallel_size,
         p.expert_model_parallel_size,
         p.expert_tensor_parallel_size,

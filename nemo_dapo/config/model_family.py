@@ -31,7 +31,7 @@ COUNTS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
     *("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
-    "num_local_experts",  # what transformers 5 writes beside num_experts
+    "num_local_experts",  # what transformers 5 writes in place of num_experts
 )
 CONSTANTS = ("rms_norm_eps", "rope_theta", "tie_word_embeddings", "initializer_range")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
@@ -110,6 +110,11 @@ def _where_from(path: str) -> str:
             f"model.path={folder}"
         )
     return "give a Hugging Face model folder (for the demo: python examples/demo/prepare.py)"
+
+
+def num_experts(config: dict[str, Any]) -> int:
+    """Of each layer, 0 of a dense model; transformers 5 saves a folder with the second name alone."""
+    return config.get("num_experts") or config.get("num_local_experts") or 0
 
 
 def check_trainable(path: str, config: dict[str, Any]) -> Iterator[str]:

@@ -82,11 +82,20 @@ class Placement(Enum):
 
 
 @dataclass
+class LoraConfig:
+    rank: int = number(0, at_least=1, also=(0,))  # of the adapters that train in place of the weights; 0 = no adapters
+    alpha: float = number(32.0, above=0)  # an adapter's product is multiplied by alpha / rank
+    # Megatron's layers that get one: attention's inputs and output, and the two of the feed-forward network
+    target_modules: list[str] = field(default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
+
+
+@dataclass
 class ModelConfig:
     path: str = MISSING  # a Hugging Face directory: config.json, *.safetensors, tokenizer
     precision: Precision = Precision.bf16  # of weights and activations, in the trainer and in vLLM
     # logits of bfloat16 weights summed up and kept in float32, in the trainer and in vLLM, whose roundings differ
     fp32_logits: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
     megatron: dict[str, Any] = field(default_factory=dict)  # fields of Megatron-core's TransformerConfig
 
 

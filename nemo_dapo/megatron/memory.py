@@ -149,9 +149,9 @@ class Gradients:
 
 # What must be on the device in each stage.
 HERE: dict[Stage, tuple[str, ...]] = {
-    Stage.score: ("parameters",),
-    Stage.train: ("parameters", "gradients", "optimizer states"),
-    Stage.sync: ("parameters",),
+    Stage.score: ("parameters", "frozen parameters"),
+    Stage.train: ("parameters", "frozen parameters", "gradients", "optimizer states"),
+    Stage.sync: ("parameters", "frozen parameters"),
     Stage.generate: (),
 }
 
@@ -186,8 +186,10 @@ class PolicyMemory:
     def _make_holders(self) -> dict[str, Holder]:
         if self.optimizer is None:
             return {"parameters": Parked(lambda: [p for chunk in self.model for p in chunk.parameters()])}
+        frozen = [p for chunk in self.model for p in chunk.parameters() if not p.requires_grad]  # under adapters
         return {
             "parameters": BufferParameters(self.model),
+            **({"frozen parameters": Parked(lambda: frozen)} if frozen else {}),
             "gradients": Gradients(self.model, self.optimizer),
             "optimizer states": Parked(self._states),
         }

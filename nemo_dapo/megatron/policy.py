@@ -31,7 +31,7 @@ from nemo_dapo.collectives import gather_json
 from nemo_dapo.config import ModelConfig, OptimizerConfig, ParallelConfig, Precision
 from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
 from nemo_dapo.ledger import ServerMemory
-from nemo_dapo.megatron import checkpoint, weights
+from nemo_dapo.megatron import adapters, checkpoint, weights
 from nemo_dapo.megatron.context_parallel import slice_microbatch
 from nemo_dapo.megatron.head import ScoringHead
 from nemo_dapo.megatron.memory import PolicyMemory
@@ -76,10 +76,13 @@ class MegatronPolicy:
         self.source = Path(model.path)
         self.bridge = weights.load_bridge(model.path)
         self.provider = make_provider(self.bridge, model, parallel)
+        self.is_adapted = model.lora.rank > 0
+        if self.is_adapted:
+            self.provider.register_pre_wrap_hook(functools.partial(adapters.add, options=model.lora))
         self.head = ScoringHead(int(self.bridge.hf_pretrained.config.vocab_size), temperature, model.fp32_logits)
         self.model = self._build(trainable=trainable)
         self.exporter = weights.Exporter(self.bridge, self.model)
-        self.reference = self._build(trainable=False) if with_reference else None
+        self.reference = self._build(trainable=False) if with_reference and not self.is_adapted else None
         self.optimizer: Any = None
         self.scheduler: Any = None
         if trainable:
@@ -103,7 +106,8 @@ class MegatronPolicy:
         for chunk in model:
             self.head.install(unwrap_model(chunk))
             chunk.train(trainable)
-            chunk.requires_grad_(trainable)
+            if not (trainable and self.is_adapted):  # its base stays frozen
+                chunk.requires_grad_(trainable)
         return model
 
     def _wire_schedule(self) -> None:
@@ -201,7 +205,13 @@ class MegatronPolicy:
         return self._logprobs_of(self.model, batch, minibatches)
 
     def reference_logprobs(self, batch: TrainBatch, minibatches: Sequence[Tensor] | None = None) -> Tensor:
-        """The same under the frozen reference model; raises when the policy was built without one."""
+        """The same under the frozen reference model; raises when the policy was built without one.
+
+        That of an adapted policy is the policy without its adapters.
+        """
+        if self.is_adapted:
+            with adapters.switched_off(self.model):
+                return self._logprobs_of(self.model, batch, minibatches)
         assert self.reference is not None, "built with with_reference=False"
         with self.memory.reference_here():
             return self._logprobs_of(self.reference, batch, minibatches)

@@ -4,12 +4,14 @@ Without Transformer Engine experts are Megatron's SequentialMLP, one plain MLP e
 `experts.local_experts.<i>.linear_fc1.weight`. Megatron-Bridge imports and exports the grouped experts of
 Transformer Engine, `experts.linear_fc1.weight<i>`, under any expert parallelism, and lists the plain ones, but takes their
 numbers from the end of the name, where they are not. And it looks for a tied output layer in the first of a stage's parts.
+Its adapters take stand-ins for Transformer Engine's layers for the layers themselves.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import re
 from typing import Any
 
@@ -31,6 +33,8 @@ def complete() -> None:
     _number_globally()
     _gather_by_number()
     _tie_in_the_last_part()
+    if importlib.util.find_spec("transformer_engine") is None:
+        _adapt_plain_layers()
 
 
 def _number_globally() -> None:
@@ -83,3 +87,9 @@ def _tie_in_the_last_part() -> None:
         original(self, megatron_model[-1:] if is_last and isinstance(megatron_model, list) else megatron_model)
 
     bridge_class._broadcast_shared_embeddings = broadcast_shared_embeddings
+
+
+def _adapt_plain_layers() -> None:
+    """Megatron's own column- and row-parallel layers are what an adapter is made for: there are no others here."""
+    utils: Any = importlib.import_module("megatron.bridge.peft.utils")
+    utils.HAVE_TE = False

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_dapo.hf_folder import write_model
-from nemo_dapo.megatron import repairs
+from nemo_dapo.megatron import adapters, repairs
 
 # Modules of Megatron-core that look for Transformer Engine when they are imported (see cpu.transformer_engine_stand_in).
 LOOK_FOR_TRANSFORMER_ENGINE = (
@@ -59,7 +59,7 @@ class Exporter:
     """Exports a Megatron model by the bridge's conversion tasks, which are built once.
 
     The tasks remember what they asked other pipeline stages about each parameter: after the first export nothing but
-    tensors is exchanged. The bridge would look for LoRA adapters by an object collective each time; there are none here.
+    tensors is exchanged. The bridge would look for LoRA adapters by an object collective each time; ours are merged before.
     """
 
     def __init__(self, bridge: Any, model: list[Any]) -> None:
@@ -73,7 +73,11 @@ class Exporter:
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter once, by its Hugging Face name, full, on every rank; collective over TP and PP."""
         weights = self.bridge.export_hf_weights(
-            self.model, cpu=False, show_progress=False, conversion_tasks=self.tasks, merge_adapter_weights=False
+            self.model,
+            cpu=False,
+            show_progress=False,
+            conversion_tasks=adapters.merged_tasks(self.tasks, self.model),
+            merge_adapter_weights=False,
         )
         for name, weight in weights:
             yield name, weight.detach()
