@@ -51,6 +51,7 @@ bench: setup
 	$(BIN)/python benchmarks/verifier.py
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/controller.py
+	$(BIN)/python benchmarks/sampler.py
 
 faults: setup
 	$(BIN)/python benchmarks/rank_faults.py

@@ -7,6 +7,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nemo_dapo.config import ParallelConfig
 
@@ -72,6 +73,15 @@ def control_group(minutes: float) -> dist.ProcessGroup | None:
 
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def all_reduce(
+    host: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """A host tensor over the ranks of `group`, or all, by `op`, through the device that the default group speaks to."""
+    moved = host.to(device()) if torch.cuda.is_available() else host
+    dist.all_reduce(moved, op, group=group)
+    return moved.cpu()
 
 
 def full_float32() -> None:

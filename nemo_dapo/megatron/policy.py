@@ -37,7 +37,7 @@ from nemo_dapo.megatron.head import ScoringHead
 from nemo_dapo.megatron.memory import PolicyMemory
 from nemo_dapo.megatron.moe import ExpertLoad
 from nemo_dapo.megatron.optimizer import ddp_config, make_optimizer
-from nemo_dapo.megatron.parallel import device, full_float32
+from nemo_dapo.megatron.parallel import all_reduce, device, full_float32
 from nemo_dapo.megatron.provider import make_provider
 from nemo_dapo.mismatch import Mismatch
 from nemo_dapo.telemetry.metrics import Max, Mean, Metric
@@ -229,8 +229,8 @@ class MegatronPolicy:
         total = torch.zeros(batch.tokens.numel(), dtype=torch.float32)
         if self._reports():
             total = scatter_logprobs(microbatches, scored, total.numel())
-        total = _all_reduce(total, group=parallel_state.get_model_parallel_group())
-        return _all_reduce(total, group=parallel_state.get_context_parallel_group())
+        total = all_reduce(total, group=parallel_state.get_model_parallel_group())
+        return all_reduce(total, group=parallel_state.get_context_parallel_group())
 
     # ---------------------------------------------------------------- update
 
@@ -293,7 +293,7 @@ class MegatronPolicy:
         per_microbatch = self._run(self.model, forward_step, microbatches, train=True)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        apart = self.mismatch.metrics(_all_reduce, counts=self._reports())
+        apart = self.mismatch.metrics(all_reduce, counts=self._reports())
         means = self._token_means(batch, loss_fn, per_microbatch)
         return grad_norm, means | apart | self.expert_load.take_metrics()
 
@@ -308,7 +308,7 @@ class MegatronPolicy:
         if self._reports():
             for row in sums:
                 totals += torch.tensor([float(row[name]) for name in names], dtype=torch.float64)
-        everywhere = dict(zip(names, _all_reduce(totals).tolist(), strict=True))
+        everywhere = dict(zip(names, all_reduce(totals).tolist(), strict=True))
         denominator, tokens = everywhere.pop("denominator"), batch.num_response_tokens
         return {name: Mean(total, denominator if name == "loss" else tokens) for name, total in everywhere.items()}
 
@@ -403,12 +403,3 @@ def _sequences_of(micro: MicroBatch) -> PackedSeqParams:
         max_seqlen_q=micro.max_seqlen,
         max_seqlen_kv=micro.max_seqlen,
     )
-
-
-def _all_reduce(
-    host: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, group: dist.ProcessGroup | None = None
-) -> Tensor:
-    """A host tensor over the ranks of `group`, or all, by `op`, through the device that the default group speaks to."""
-    moved = host.to(device()) if torch.cuda.is_available() else host
-    dist.all_reduce(moved, op, group=group)
-    return moved.cpu()
