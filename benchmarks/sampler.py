@@ -39,7 +39,7 @@ from nemo_dapo.collected import judge
 from nemo_dapo.config import Precision, RolloutConfig
 from nemo_dapo.rollout.engine import VLLMEngine
 from nemo_dapo.sampling import GroupSampler
-from nemo_dapo.types import Group, Prompt, Sample, SamplingParams, Verdict
+from nemo_dapo.types import Draft, Group, Prompt, Sample, SamplingParams, Verdict
 from tests.tiny import save_tiny_model
 
 RECIPE = "recipe"
@@ -104,9 +104,13 @@ class Drawn:
     def __init__(self, engine: VLLMEngine, work: Work) -> None:
         self.engine, self.work = engine, work
 
-    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+    async def generate(
+        self, prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()
+    ) -> list[Sample]:
         each = [replace(params, max_tokens=length) for length in self.work.lengths(prompt.uid)[:n]]
-        samples = await asyncio.gather(*(self.engine.generate(prompt, 1, one) for one in each))
+        begun = drafts or [Draft() for _ in each]
+        asked = [self.engine.generate(prompt, 1, one, [draft]) for one, draft in zip(each, begun, strict=True)]
+        samples = await asyncio.gather(*asked)
         return [sample for (sample,) in samples]
 
     def generated(self) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from nemo_dapo.telemetry.metrics import Metric
-from nemo_dapo.types import Prompt, Sample, SamplingParams, Stage, TrainBatch, Verdict
+from nemo_dapo.types import Draft, Prompt, Sample, SamplingParams, Stage, TrainBatch, Verdict
 
 if TYPE_CHECKING:
     from nemo_dapo.batching import MicroBatch
@@ -96,7 +96,11 @@ class Policy(Protocol):
 class RolloutEngine(Protocol):
     """The model that samples. Lives on rank 0."""
 
-    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]: ...
+    async def generate(
+        self, prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()
+    ) -> list[Sample]:
+        """`n` samples; with `drafts`, one each, from what these have, which are kept up to date meanwhile."""
+        ...
 
     def begin_update(self, version: int, hosts: Sequence[str]) -> UpdatePlan:
         """Who sends the weights of `version` to whom, given each rank's host."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from nemo_dapo.collected import Collected, Dropped, DropReason, judge
 from nemo_dapo.flights import Flights, GroupTask
 from nemo_dapo.interfaces import PromptLoader, Rewarder, RolloutEngine
 from nemo_dapo.stopping import check_progress, check_verifier, in_words
-from nemo_dapo.types import Group, OpenGroup, Prompt, Sample, SamplingParams
+from nemo_dapo.types import Draft, Group, OpenGroup, Prompt, Sample, SamplingParams
 from nemo_dapo.window import Step, Window
 
 logger = logging.getLogger(__name__)
@@ -76,12 +76,14 @@ class GroupSampler:
         self.counters = {"groups_judged": 0, "groups_kept": 0, "steps_exhausted": 0, "empty_steps_in_a_row": 0}
         self._flights = Flights(self._on_end)
         self._pending: deque[Prompt] = deque()  # taken from the loader and not judged yet: they come first
-        self._unstarted: dict[int, Prompt] = {}  # admitted before a resume and not finished
+        self._unstarted: list[int] = []  # admitted before a resume and not finished
+        self._drafts: dict[int, list[Draft]] = {}  # of the groups in the window that are not finished
         self._prompts: dict[int, Prompt] = {}  # of all groups in the window
         self._groups: dict[int, Group] = {}  # those of them that are finished
         self._reasons: dict[int, DropReason | None] = {}
         self._failure: Exception | None = None  # of a group, to be raised by the next `collect`
         self._wait: _Wait | None = None
+        self._counts = False  # whether the flights' occupancy is that of a step
 
     @property
     def _keeps(self) -> bool:
@@ -123,8 +125,9 @@ class GroupSampler:
     def _begin(self, num_groups: int) -> _Wait:
         self.window.begin(num_groups)
         self._wait = wait = _Wait(asyncio.get_running_loop().time())
-        if not (self._keeps and self.window.taken):
+        if not (self._keeps and self._counts):
             self._flights.take_occupancy()  # nothing is counted before the first step, or between two
+            self._counts = True
         if not self._keeps:
             self._failure = None
         self._note_filled()
@@ -204,12 +207,13 @@ class GroupSampler:
         del self._prompts[index]
         self._groups.pop(index, None)
         self._reasons.pop(index, None)
+        self._drafts.pop(index, None)
 
     async def _withdraw(self) -> None:
         """As if the step had not begun."""
         self._pending.extendleft(reversed(list(self._prompts.values())))
-        for held in (self._prompts, self._groups, self._reasons):
-            held.clear()
+        for index in list(self._prompts):
+            self._drop(index)
         self.window.forget()
         await self._flights.stop()
 
@@ -217,9 +221,9 @@ class GroupSampler:
 
     def _go_on(self) -> None:
         """Submit what the window admits; stop what can no longer enter the step, since the servers are needed before it."""
-        unstarted, self._unstarted = self._unstarted, {}
-        for index, prompt in unstarted.items():
-            self._start(index, prompt)
+        unstarted, self._unstarted = self._unstarted, []
+        for index in unstarted:
+            self._start(index, self._prompts[index])
         while self.window.admits():
             self._start(self.window.admit(), self._next_prompt())
         if not self._keeps and self.window.is_filled:
@@ -230,10 +234,12 @@ class GroupSampler:
 
     def _start(self, index: int, prompt: Prompt) -> None:
         self._prompts[index] = prompt
+        if self._keeps:
+            self._drafts.setdefault(index, [Draft() for _ in range(self.group_size)])
         self._flights.start(index, prompt, self._sample_group(prompt, index))
 
     async def _sample_group(self, prompt: Prompt, index: int) -> Group:
-        samples = await self._generate(prompt)
+        samples = await self._generate(prompt, self._drafts.get(index, ()))
         if len(samples) != self.group_size:
             raise ValueError(f"the engine returned {len(samples)} samples, expected group_size={self.group_size}")
         if any(sample.finish_reason == "abort" for sample in samples):
@@ -243,13 +249,18 @@ class GroupSampler:
             raise ValueError(f"the rewarder returned {len(verdicts)} verdicts for {len(samples)} samples")
         return Group(prompt, tuple(samples), tuple(verdicts), index)
 
-    async def _generate(self, prompt: Prompt) -> list[Sample]:
+    async def _generate(self, prompt: Prompt, drafts: Sequence[Draft]) -> list[Sample]:
         for _ in range(self.retries):
             try:
-                return await self.engine.generate(prompt, self.group_size, self.params)
+                return await self._ask(prompt, drafts)
             except RETRYABLE as error:
                 logger.warning("rollout of prompt %s failed (%s): trying again", prompt.uid, error)
-        return await self.engine.generate(prompt, self.group_size, self.params)
+        return await self._ask(prompt, drafts)
+
+    def _ask(self, prompt: Prompt, drafts: Sequence[Draft]) -> Awaitable[list[Sample]]:
+        if drafts:
+            return self.engine.generate(prompt, self.group_size, self.params, drafts)
+        return self.engine.generate(prompt, self.group_size, self.params)
 
     def _on_end(self, index: int, task: GroupTask) -> None:
         """A group has ended, whether a step is waited for or not. What goes wrong here is for `collect` to raise."""
@@ -267,6 +278,7 @@ class GroupSampler:
     def _record(self, group: Group) -> None:
         reason = judge(group, dynamic_sampling=self.dynamic_sampling)
         self._groups[group.index], self._reasons[group.index] = group, reason
+        self._drafts.pop(group.index, None)
         self.window.finish(group.index, _outcome(reason))
 
     def _note_filled(self) -> None:
@@ -280,7 +292,10 @@ class GroupSampler:
 
         Belongs with the loader's: it is ahead by the pending and the open prompts.
         """
-        window = [OpenGroup(i, prompt, self._groups.get(i)) for i, prompt in sorted(self._prompts.items())]
+        window = [
+            OpenGroup(i, prompt, self._groups.get(i), tuple(draft.sample for draft in self._drafts.get(i, ())))
+            for i, prompt in sorted(self._prompts.items())
+        ]
         return {
             "pending": [asdict(prompt) | {"token_ids": list(prompt.token_ids)} for prompt in self._pending],
             "next_index": self.window.front,
@@ -302,7 +317,8 @@ class GroupSampler:
         self._prompts = {one.index: one.prompt for one in window}
         self._groups = {one.index: one.group for one in window if one.group is not None}
         self._reasons = {i: judge(g, dynamic_sampling=self.dynamic_sampling) for i, g in self._groups.items()}
-        self._unstarted = {one.index: one.prompt for one in window if one.group is None}
+        self._unstarted = [one.index for one in window if one.group is None]
+        self._drafts = {one.index: [Draft(sample) for sample in one.drafted] for one in window if one.drafted}
         outcomes = {index: _outcome(reason) for index, reason in self._reasons.items()}
         self.window.restore(front, front + len(window), state.get("steps", 0), outcomes)
         self.window.acceptance_rate = state["acceptance_rate"]

@@ -106,6 +106,24 @@ def _read_only(values: Any, dtype: type) -> NDArray[Any]:
     return array
 
 
+NOTHING_YET = Sample((), (), "abort")  # type: ignore[arg-type]
+
+
+@dataclass
+class Draft:
+    """What a sample has so far: the engine keeps it up to date, and goes on from it where it is given one.
+
+    Tokens whose weight version is not known for sure are left out. Once `sample` has another finish reason than `abort` it
+    is whole.
+    """
+
+    sample: Sample = NOTHING_YET
+
+    @property
+    def is_whole(self) -> bool:
+        return self.sample.finish_reason != "abort"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a reward function says of one response.
@@ -141,11 +159,12 @@ class Group:
 
 @dataclass(frozen=True)
 class OpenGroup:
-    """A group that no step has taken yet: finished, or None where it is still being sampled."""
+    """A group that no step has taken yet: finished, or None where its samples are still being `drafted`."""
 
     index: int
     prompt: Prompt
     group: Group | None
+    drafted: tuple[Sample, ...] = ()
 
 
 @dataclass

@@ -33,13 +33,15 @@ def read(path: Path) -> list[OpenGroup]:
     with safe_open(path, framework="numpy") as file:
         described = json.loads(file.metadata()["groups"])
         token_ids, logprobs = file.get_tensor("token_ids"), file.get_tensor("logprobs")
+    # Read-only, or each sample would copy its part.
+    token_ids.flags.writeable = logprobs.flags.writeable = False
     ends = np.cumsum([sample["tokens"] for one in described for sample in one["samples"]], dtype=np.int64)
     pieces = zip(np.split(token_ids, ends[:-1]), np.split(logprobs, ends[:-1]), strict=True)
     return [_group(one, pieces) for one in described]
 
 
 def _samples(one: OpenGroup) -> tuple[Sample, ...]:
-    return one.group.samples if one.group else ()
+    return one.group.samples if one.group else one.drafted
 
 
 def _described(one: OpenGroup) -> dict[str, Any]:
@@ -55,11 +57,11 @@ def _described(one: OpenGroup) -> dict[str, Any]:
 def _group(described: dict[str, Any], pieces: Iterator[tuple[Any, Any]]) -> OpenGroup:
     fields = described["prompt"]
     prompt = Prompt(**fields | {"token_ids": tuple(fields["token_ids"])})
-    if described["verdicts"] is None:
-        return OpenGroup(described["index"], prompt, None)
     samples = tuple(
         Sample(*next(pieces), said["finish_reason"], tuple(VersionSpan(**span) for span in said["versions"]))
         for said in described["samples"]
     )
+    if described["verdicts"] is None:
+        return OpenGroup(described["index"], prompt, None, samples)
     verdicts = tuple(Verdict(**one) for one in described["verdicts"])
     return OpenGroup(described["index"], prompt, Group(prompt, samples, verdicts, described["index"]))

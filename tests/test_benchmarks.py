@@ -7,12 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from benchmarks import sampler
-from nemo_dapo.types import Prompt, Sample, SamplingParams
+from nemo_dapo.types import Draft, Prompt, Sample, SamplingParams
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--groups 4 --group 4 --tokens 3000 --in-flight 16 --replicas 3 --servers 2 --ranks 2 --frames-per-second 0"
@@ -42,7 +43,9 @@ class Instant:
     def __init__(self, work: sampler.Work) -> None:
         self.work, self.made = work, 0
 
-    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+    async def generate(
+        self, prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()
+    ) -> list[Sample]:
         await asyncio.sleep(0)
         lengths = self.work.lengths(prompt.uid)[:n]
         self.made += sum(lengths)

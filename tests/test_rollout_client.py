@@ -352,8 +352,8 @@ def two_frames(monkeypatch) -> threading.Event:
     """Set once the engine has read two frames of a sample."""
     arrived, add = threading.Event(), Progress.add
 
-    def noting(self: Progress, token_ids: wire.Ids, logprobs: wire.Logprobs) -> None:
-        add(self, token_ids, logprobs)
+    def noting(self: Progress, token_ids: wire.Ids, logprobs: wire.Logprobs, newest: int) -> None:
+        add(self, token_ids, logprobs, newest)
         if self.received.size == 2:
             arrived.set()
 

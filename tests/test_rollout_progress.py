@@ -8,22 +8,24 @@ import pytest
 from nemo_dapo.rollout.answers import Answer, Ending, Expected, UnusableAnswerError
 from nemo_dapo.rollout.progress import Counts, Progress
 from nemo_dapo.rollout.received import Received
-from nemo_dapo.types import VersionSpan
+from nemo_dapo.types import Draft, Sample, VersionSpan
 
 EXPECTED = Expected("p", 8, frozenset({1}), vocab_size=9)
 
 
-def begun(*frames: list[int], version: int = 3, is_updating: bool = False, keeps: bool = True) -> Progress:
+def begun(
+    *frames: list[int], version: int = 3, is_updating: bool = False, keeps: bool = True, crosses: bool = False
+) -> Progress:
     """A try under `version` that brought `frames`."""
-    progress = Progress(EXPECTED, keeps, Counts())
+    progress = Progress(EXPECTED, keeps, Counts(), crosses)
     assert progress.begin(version, is_updating=is_updating).tolist() == []
     for ids in frames:
         add(progress, ids)
     return progress
 
 
-def add(progress: Progress, ids: list[int], logprob: float = -0.5) -> None:
-    progress.add(np.int32(ids), np.full(len(ids), logprob, np.float32))
+def add(progress: Progress, ids: list[int], logprob: float = -0.5, newest: int = 3) -> None:
+    progress.add(np.int32(ids), np.full(len(ids), logprob, np.float32), newest)
 
 
 def ended(progress: Progress, ids: list[int], *versions: VersionSpan) -> Answer:
@@ -44,7 +46,8 @@ def test_a_sample_of_three_tries_is_joined_in_order_with_each_token_s_own_log_pr
     assert whole.token_ids.tolist() == [2, 3, 4, 5, 6, 1]
     assert whole.logprobs.tolist() == [-0.5, -0.5, -0.5, -0.125, -0.25, -0.25]
     assert whole.versions == (VersionSpan(3, 0, 6),)
-    sample = progress.finish(whole)
+    progress.finish(whole)
+    sample = progress.draft.sample
     assert (sample.token_ids.tolist(), sample.versions) == (whole.token_ids.tolist(), whole.versions)
     assert not sample.token_ids.flags.writeable
     assert vars(progress.counts) == {"tokens_thrown_away": 0, "tokens_gone_on_with": 4}
@@ -80,6 +83,63 @@ def test_what_was_kept_is_thrown_away_when_an_update_came_before_the_next_try() 
     progress.fail(3, is_trusted=True)
     assert progress.begin(4, is_updating=False).tolist() == []
     assert progress.counts.tokens_thrown_away == 2
+
+
+def test_tokens_of_older_weights_are_gone_on_with_where_they_may_be_old_each_with_its_version() -> None:
+    progress = begun([2, 3], crosses=True)
+    add(progress, [4], newest=4)  # under 3 or 4: the server would tell with its last frame
+    add(progress, [5], newest=4)
+    progress.fail(4, is_trusted=True)
+    assert progress.counts.tokens_thrown_away == 2
+    assert progress.begin(4, is_updating=False).tolist() == [2, 3]
+    add(progress, [6], newest=4)
+    progress.fail(5, is_trusted=True)
+    assert progress.begin(5, is_updating=False).tolist() == [2, 3, 6]
+    assert progress.oldest_version == 3
+    whole = ended(progress, [7, 1], VersionSpan(5, 0, 2))
+    assert whole.token_ids.tolist() == [2, 3, 6, 7, 1]
+    assert whole.versions == (VersionSpan(3, 0, 2), VersionSpan(4, 2, 3), VersionSpan(5, 3, 5))
+
+
+def test_what_a_server_that_missed_an_update_adds_to_older_tokens_is_refused() -> None:
+    progress = begun([2, 3], crosses=True)
+    progress.fail(4, is_trusted=True)
+    progress.begin(4, is_updating=False)
+    with pytest.raises(UnusableAnswerError, match="weight version 3, expected 4 or newer"):
+        ended(progress, [1], VersionSpan(3, 0, 1))
+
+
+def test_a_gap_between_spans_is_not_closed() -> None:
+    assert ended(begun(), [2, 3, 1], VersionSpan(3, 0, 1), VersionSpan(3, 2, 3)).versions != (VersionSpan(3, 0, 3),)
+
+
+def test_the_draft_follows_the_sample_and_another_progress_goes_on_from_it() -> None:
+    progress = begun([2, 3], [4], crosses=True)
+    draft = Draft(progress.draft.sample)
+    assert (draft.sample.token_ids.tolist(), draft.sample.versions) == ([2, 3, 4], (VersionSpan(3, 0, 3),))
+    add(progress, [5], newest=4)
+    assert progress.draft.sample.token_ids.tolist() == [2, 3, 4], "the version of what follows is not known"
+    before = progress.draft.sample
+    progress.fail(4, is_trusted=False)
+    assert not progress.draft.sample.token_ids.size
+    add(progress, [7, 7, 7])
+    assert before.token_ids.tolist() == [2, 3, 4], "what was handed out must not change"
+
+    later = Progress(EXPECTED, True, Counts(), crosses=True, draft=draft)
+    assert later.begin(6, is_updating=False).tolist() == [2, 3, 4]
+    whole = ended(later, [1], VersionSpan(6, 0, 1))
+    assert whole.logprobs.tolist() == [-0.5, -0.5, -0.5, -0.25]
+    assert whole.versions == (VersionSpan(3, 0, 3), VersionSpan(6, 3, 4))
+    later.finish(whole)
+    assert later.counts.tokens_gone_on_with == 3
+    assert draft.is_whole
+
+
+@pytest.mark.parametrize("ids", [[2] * 8, [2, 1], [9]])
+def test_a_draft_that_cannot_be_the_beginning_is_begun_anew(ids: list[int]) -> None:
+    sample = Sample(np.int32(ids), np.zeros(len(ids), np.float32), "abort", (VersionSpan(1, 0, len(ids)),))
+    progress = Progress(EXPECTED, True, Counts(), crosses=True, draft=Draft(sample))
+    assert progress.begin(3, is_updating=False).tolist() == []
 
 
 @pytest.mark.parametrize(

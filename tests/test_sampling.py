@@ -16,7 +16,7 @@ import pytest
 from nemo_dapo.collected import Collected, DropReason, judge
 from nemo_dapo.sampling import GroupSampler
 from nemo_dapo.stopping import check_verifier
-from nemo_dapo.types import Group, Prompt, Sample, SamplingParams, Verdict
+from nemo_dapo.types import Draft, Group, Prompt, Sample, SamplingParams, Verdict
 from nemo_dapo.window import PRIOR_GROUPS
 
 G = 4
@@ -77,7 +77,9 @@ class Engine:
     cancelled: list[int] = field(default_factory=list)
     in_flight: int = 0
 
-    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+    async def generate(
+        self, prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()
+    ) -> list[Sample]:
         i = prompt.metadata["i"]
         self.started.append(i)
         self.in_flight += 1

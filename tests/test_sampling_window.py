@@ -21,7 +21,17 @@ from nemo_dapo.data.curriculum import Curriculum
 from nemo_dapo.sampling import GroupSampler
 from nemo_dapo.telemetry.sinks import Sinks
 from nemo_dapo.trainer import DAPOTrainer
-from nemo_dapo.types import Group, OpenGroup, Prompt, Sample, SamplingParams, Verdict, VersionSpan
+from nemo_dapo.types import (
+    NOTHING_YET,
+    Draft,
+    Group,
+    OpenGroup,
+    Prompt,
+    Sample,
+    SamplingParams,
+    Verdict,
+    VersionSpan,
+)
 from tests.test_sampling import Engine, G, Loader, dropped, indices, make, random_latency, run, scripted
 from tests.test_trainer import Stub, model_folder
 
@@ -138,6 +148,43 @@ def test_a_resumed_run_goes_on_with_the_finished_groups_and_asks_again_for_the_o
     assert not set(finished) & set(again.started), "finished groups were sampled again"
 
 
+def test_what_unfinished_samples_have_is_saved_and_handed_to_the_engine_that_goes_on_with_them(tmp_path: Path) -> None:
+    """The engine has half of two samples of each group when the run is saved, and one whole one."""
+    has = [Sample((5, 5), (-0.5, -0.25), "abort", (VersionSpan(1, 0, 2),)), Sample((5, 1), (-0.5, -0.5), "stop")]
+    given: dict[int, list[Sample]] = {}
+
+    class Drafting(Engine):
+        async def generate(
+            self, prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()
+        ) -> list[Sample]:
+            given[prompt.metadata["i"]] = [draft.sample for draft in drafts]
+            for draft, sample in zip(drafts, has, strict=False):
+                draft.sample = sample
+            return await super().generate(prompt, n, params)
+
+    async def save() -> dict[str, Any]:
+        sampler = make(Drafting(scripted("k"), latency=lambda i: 1.0 if i < 2 else 1e6), max_staleness=1)
+        await sampler.collect(2)
+        state = sampler.state_dict()
+        await sampler.stop()
+        return state
+
+    state = run(save())
+    assert {tuple(one) for one in given.values()} == {(NOTHING_YET,) * G}
+    window_file.write(tmp_path / "w", state["window"])
+    state["window"] = window_file.read(tmp_path / "w")
+    given.clear()
+
+    async def resume() -> None:
+        sampler = make(Drafting(scripted("k")), max_staleness=1)
+        sampler.load_state_dict(state)
+        await sampler.collect(2)
+        await sampler.stop()
+
+    run(resume())
+    assert given[2] == given[3] == [*has, NOTHING_YET, NOTHING_YET]
+
+
 def test_a_run_that_no_longer_samples_ahead_samples_the_open_groups_again() -> None:
     async def first() -> tuple[dict[str, Any], list[int]]:
         loader = Loader()
@@ -199,6 +246,9 @@ def test_the_ages_of_tokens_are_counted_from_the_weights_that_train_on_them() ->
 # ------------------------------------------------------------------ through the trainer
 
 
+HELD_OUT = 10_000  # problems from here on are evaluated
+
+
 class Ahead(Stub):
     """Policy and engine; the engine answers of the newest weights, and each update waits until it has answered much."""
 
@@ -206,14 +256,19 @@ class Ahead(Stub):
         super().__init__()
         self.version, self.asked, self.answered = 0, [], 0
         self.meanwhile: list[int] = []  # groups answered during each update
-        self.lock = threading.Lock()
+        self.evaluated: list[tuple[int, int]] = []  # weights before and after each answer
 
-    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
-        with self.lock:
-            self.asked.append(prompt.metadata["i"])
+    async def generate(
+        self, prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()
+    ) -> list[Sample]:
         version, length = self.version, 2 + prompt.metadata["i"] % 5
-        await asyncio.sleep(0.002 * length)
-        self.answered += 1
+        if prompt.metadata["i"] >= HELD_OUT:
+            await asyncio.sleep(0.05)
+            self.evaluated.append((version, self.version))
+        else:
+            self.asked.append(prompt.metadata["i"])
+            await asyncio.sleep(0.002 * length)
+            self.answered += 1
         return [Sample((5,) * length, (-0.5,) * length, "stop", (VersionSpan(version, 0, length),))] * n
 
     async def score(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
@@ -272,18 +327,20 @@ class Trained:
     judged: list[str]  # problems that a step consumed, in order
 
 
-def trained(folder: Path, m: int, max_steps: int, resumed: int | None = None) -> Trained:
+def trained(folder: Path, m: int, max_steps: int, resumed: int | None = None, *, evaluates: bool = False) -> Trained:
     """A run of the real trainer, controller and sampler to `max_steps`, with a checkpoint after each step."""
     config = RunConfig(
         model=ModelConfig(path=str(model_folder(folder))),
         algorithm=AlgorithmConfig(prompts_per_step=2, group_size=G, minibatch_size=2 * G, importance_cap=2.0),
         trainer=TrainerConfig(max_steps=max_steps),
         rollout=RolloutConfig(max_staleness=m),
-        evaluation=EvaluationConfig(every=0),
+        evaluation=EvaluationConfig(every=1 if evaluates else 0, samples=1),
     )
+    held_out = [dataclasses.replace(Loader(HELD_OUT + i).next(), uid=f"held out {i}") for i in range(3)]
     config.logger.progress, config.checkpoint.every, config.checkpoint.keep = False, 1, 0
     stub, sink, loader = Ahead(), Records(), Prompts()
-    controller = Controller(config, folder, stub, stub, loader, {}, sink, lambda ids: [""] * len(ids))  # type: ignore[arg-type]
+    eval_sets = {"held_out": held_out}
+    controller = Controller(config, folder, stub, stub, loader, eval_sets, sink, lambda ids: [""] * len(ids))  # type: ignore[arg-type]
     try:
         DAPOTrainer(config, folder, stub, controller, None, resumed=resumed).fit()  # type: ignore[arg-type]
     finally:
@@ -298,6 +355,13 @@ def test_the_trainer_updates_while_groups_are_sampled_and_no_token_is_older_than
     assert max(record["rollout/age_max"] for record in run.records) in (1.0, 2.0)
     assert all(record["rollout/groups_kept"] == 2 for record in run.records)
     assert len(set(run.stub.asked)) == len(run.stub.asked)
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_an_evaluation_is_of_one_version_and_no_group_is_asked_for_again_because_of_it(tmp_path: Path) -> None:
+    stub = trained(tmp_path, 2, max_steps=4, evaluates=True).stub
+    assert stub.evaluated == [(version, version) for version in (1, 2, 3, 4) for _ in range(3)]
+    assert len(set(stub.asked)) == len(stub.asked)
 
 
 @pytest.mark.usefixtures("_one_rank")

@@ -30,7 +30,7 @@ from nemo_dapo.rollout.upkeep import STARTING, Upkeep
 from nemo_dapo.rollout.weights.ledger import Ledger
 from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
 from nemo_dapo.rollout.weights.send import Sender
-from nemo_dapo.types import Prompt, Sample, SamplingParams
+from nemo_dapo.types import Draft, Prompt, Sample, SamplingParams
 
 T = TypeVar("T")
 BYTES_PER_ELEMENT = {Precision.bf16: 2, Precision.fp32: 4}
@@ -53,7 +53,7 @@ class VLLMEngine:
         vocab_size: int = 0,
     ) -> None:
         self.config, self.servers, self.sender = config, servers, sender
-        self._told: dict[str, int] = {}  # of the totals, what `metrics` has told
+        self._told: dict[str, float] = {}  # of the totals, what `metrics` has told
         self._told_at, self._told_tokens = time.monotonic(), dict[int, float]()
         client.allow_open_files(len(servers) * config.max_concurrent_sequences)
         self.loop = LoopThread("rollout")
@@ -142,14 +142,16 @@ class VLLMEngine:
         """Restarts of servers so far."""
         return self.upkeep.restarts
 
-    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
-        """`n` samples of one prompt, from one server where it serves them all.
+    async def generate(
+        self, prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()
+    ) -> list[Sample]:
+        """`n` samples of one prompt, from one server where it serves them all; those of `drafts` are gone on with.
 
         Raises ValueError for a prompt that cannot fit, RuntimeError for a request that is refused, for answers that stay
         unusable or servers that stay sick, TimeoutError for a sample that is late again and again.
         """
         asked = self.requests.asked(prompt, params)
-        return await asyncio.wrap_future(self.loop.submit(self.requests.group(asked, n)))
+        return await asyncio.wrap_future(self.loop.submit(self.requests.group(asked, n, drafts)))
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """An update with the `(Hugging Face name, full tensor)` of this process; raises what `finish_update` does."""
@@ -193,7 +195,7 @@ class VLLMEngine:
     async def _take_metrics(self) -> dict[str, float]:
         members = self.upkeep.fleet.members
         seen, serving = self.upkeep.fleet.take_seen(), [m for m in members if not m.given_up]
-        totals = {"restarts": self.restarts} | vars(self.requests.partial)
+        totals = {"restarts": self.restarts, "pause_seconds": self.upkeep.pause_seconds} | vars(self.requests.partial)
         record = {f"server/{name}": float(total - self._told.get(name, 0)) for name, total in totals.items()}
         self._told = totals
         record["server/given_up"] = float(len(members) - len(serving))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
 from nemo_dapo.telemetry.rollouts import RecordedGroup, read_rollouts, rollouts_path
-from nemo_dapo.types import Prompt, Sample, SamplingParams
+from nemo_dapo.types import Draft, Prompt, Sample, SamplingParams
 
 SURPLUS_SECONDS = 300.0  # until the recorded groups of a step have been judged; a surplus request waits so long
 SAME = "replay with the options, the data, the reward and the model of the recorded run"
@@ -39,7 +39,9 @@ class ReplayEngine:
                 f"rollout.replay={folder} holds no step_*.parquet; name the rollouts/ folder of a recorded run"
             )
 
-    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+    async def generate(
+        self, prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()
+    ) -> list[Sample]:
         """The next recorded group, which must be of `prompt`; waits to be cancelled where the step has no more."""
         if self._groups is None:
             self._groups = self._read()

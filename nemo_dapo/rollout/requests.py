@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from nemo_dapo.rollout.fleet import LostServerError, Member
 from nemo_dapo.rollout.progress import Counts, Progress
 from nemo_dapo.rollout.upkeep import Upkeep
 from nemo_dapo.tasks import all_or_none
-from nemo_dapo.types import Prompt, Sample, SamplingParams
+from nemo_dapo.types import Draft, Prompt, Sample, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -85,20 +85,24 @@ class Requests:
         priority = next(self._submissions) if self._by_priority else None
         return Asked(prompt, params, priority, client.request_body(prompt, params, self.stop_token_ids, priority))
 
-    async def group(self, asked: Asked, n: int) -> list[Sample]:
-        """`n` samples, from one server where it serves them all."""
-        await self.turn()
-        member = await self.upkeep.fleet.take(n)
-        return await all_or_none([self._sample(asked, member) for _ in range(n)])
+    async def group(self, asked: Asked, n: int, drafts: Sequence[Draft] = ()) -> list[Sample]:
+        """`n` samples, from one server where it serves them all; what `drafts` have is theirs already."""
+        drafts = drafts or [Draft() for _ in range(n)]
+        missing = [draft for draft in drafts if not draft.is_whole]
+        if missing:
+            await self.turn()
+            member = await self.upkeep.fleet.take(len(missing))
+            await all_or_none([self._sample(asked, member, draft) for draft in missing])
+        return [draft.sample for draft in drafts]
 
     async def turn(self) -> None:
         """Wait for a turn of the event loop in which few others start: all at once would block it for seconds."""
         async with self._starting:
             await asyncio.sleep(0)
 
-    async def _sample(self, asked: Asked, member: Member) -> Sample:
-        """One sample, by as many tries as it takes within their bounds; one place on `member` is already taken."""
-        fleet, prompt, progress = self.upkeep.fleet, asked.prompt, self._no_progress(asked)
+    async def _sample(self, asked: Asked, member: Member, draft: Draft) -> None:
+        """Make `draft` whole, by as many tries as it takes within their bounds; one place on `member` is already taken."""
+        fleet, prompt, progress = self.upkeep.fleet, asked.prompt, self._progress(asked, draft)
         tries = late = lost = 0
         for backoff in _backoffs():
             life = member.life
@@ -106,7 +110,8 @@ class Requests:
                 life = await fleet.ready(member)
                 answer = await self._try(asked, progress, member)
                 fleet.served(member)
-                return progress.finish(answer)
+                progress.finish(answer)
+                return
             except (ServerUnavailableError, LostServerError, UnusableAnswerError, LateError) as problem:
                 fault = f"{self.upkeep.describe(member.index)}: {problem}"
                 is_unusable, is_late = isinstance(problem, UnusableAnswerError), isinstance(problem, LateError)
@@ -130,22 +135,23 @@ class Requests:
             member = await fleet.take(1, is_retry=True)
         raise AssertionError("backoffs never end")
 
-    def _no_progress(self, asked: Asked) -> Progress:
+    def _progress(self, asked: Asked, draft: Draft) -> Progress:
         stops = frozenset(self.stop_token_ids)
         expected = answers.Expected(asked.prompt.uid, asked.params.max_tokens, stops, self.vocab_size)
-        return Progress(expected, self.config.partial_answers is PartialAnswers.keep, self.partial)
+        keeps = self.config.partial_answers is PartialAnswers.keep
+        return Progress(expected, keeps, self.partial, crosses=self.config.max_staleness > 0, draft=draft)
 
     async def _try(self, asked: Asked, progress: Progress, member: Member) -> answers.Answer:
         """One request to one server, until it answers, is lost, or `rollout.request_timeout` has passed."""
         await self.turn()
         upkeep, life, limit, uid = self.upkeep, member.life, self.config.request_timeout, asked.prompt.uid
         kept = progress.begin(upkeep.version, is_updating=bool(upkeep.paused))
-        expected = dataclasses.replace(progress.expected, oldest_version=upkeep.version)
-        rest = dataclasses.replace(expected, max_tokens=expected.max_tokens - len(kept))
+        whole = dataclasses.replace(progress.expected, oldest_version=progress.oldest_version)
+        rest = dataclasses.replace(whole, max_tokens=whole.max_tokens - len(kept), oldest_version=progress.version)
         body = asked.body if not len(kept) else self._body_from(asked, kept)
 
         def on_tokens(token_ids: wire.Ids, logprobs: wire.Logprobs) -> None:
-            progress.add(token_ids, logprobs)
+            progress.add(token_ids, logprobs, upkeep.version)
             upkeep.fleet.progressed(member)
 
         request = asyncio.ensure_future(client.sample(self.http, upkeep.asked[member.index], body, rest, on_tokens))
@@ -154,7 +160,7 @@ class Requests:
             await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             if request.done():
                 answer = progress.join(request.result())
-                answers.check(answer, expected, upkeep.version)
+                answers.check(answer, whole, upkeep.version)
                 if answer.finish_reason == "abort":
                     raise UnusableAnswerError(f"sample of prompt {uid} was aborted by the server")
                 return answer

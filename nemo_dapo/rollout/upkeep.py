@@ -62,6 +62,7 @@ class Upkeep:
         self.describe = servers.describe
         self.version = INITIAL_VERSION
         self.restarts = 0
+        self.pause_seconds = 0.0  # of all updates so far: servers generated nothing
         self.asked = [client.Server(server.url) for server in servers.servers]
         self.paused: list[str] = []
         self.asleep: set[str] = set()  # what the servers have given up
@@ -110,11 +111,13 @@ class Upkeep:
         try:
             with self.ledger.finish(everyone) as version:
                 # A restart that is under way waits for the ledger and ends with these weights: nobody waits for it.
+                began = time.monotonic()
                 members = [m for m in self.fleet.members if not m.is_down or self._comes_back(m.index)]
                 held = self._run(all_or_none([self._hold(member) for member in members]))
                 self.version = version
             calls = [self._update(m, life, fault) for m, (life, fault) in zip(members, held, strict=True)]
             self._run(all_or_none(calls))
+            self.pause_seconds += time.monotonic() - began
         finally:
             self.paused.remove(UPDATE)
 

@@ -1,0 +1,85 @@
+"""A sample whose server is lost behind a push of weights: what is asked of the next, and what a whole draft spares."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nemo_dapo.config import RolloutConfig
+from nemo_dapo.rollout import client
+from nemo_dapo.rollout.answers import Ending, Expected
+from nemo_dapo.rollout.client import ServerUnavailableError
+from nemo_dapo.rollout.requests import Requests
+from nemo_dapo.types import Draft, Prompt, SamplingParams, VersionSpan
+
+PROMPT, PARAMS = Prompt("p", (9, 9), "", ""), SamplingParams(max_tokens=8)
+
+
+class OneServer:
+    """Stands for upkeep and fleet; the first request brings three tokens, one behind a push, and its server is gone."""
+
+    def __init__(self) -> None:
+        life = SimpleNamespace(lost=asyncio.get_running_loop().create_future())
+        self.member = SimpleNamespace(index=0, life=life)
+        self.fleet, self.version, self.paused, self.asked = self, 0, [], [None]
+        self.bodies: list[dict[str, Any]] = []
+
+    def describe(self, index: int) -> str:
+        return "the server"
+
+    async def take(self, n: int, *, is_retry: bool = False) -> Any:
+        return self.member
+
+    async def ready(self, member: Any) -> Any:
+        return member.life
+
+    async def report(self, *args: Any, **options: Any) -> None: ...
+
+    def served(self, member: Any) -> None: ...
+
+    def progressed(self, member: Any) -> None: ...
+
+    def give(self, member: Any) -> None: ...
+
+    async def sample(self, http: Any, server: Any, body: bytes, expected: Expected, on_tokens: Any) -> Ending:
+        self.bodies.append(json.loads(body))
+        if len(self.bodies) == 1:
+            on_tokens(np.int32([2]), np.float32([-1.0]))
+            on_tokens(np.int32([3]), np.float32([-1.5]))
+            self.version = 1
+            on_tokens(np.int32([7]), np.float32([-1.5]))  # under which weights it does not say
+            raise ServerUnavailableError("gone")
+        on_tokens(np.int32([4, 1]), np.float32([-0.25, -0.5]))
+        return Ending("stop", (VersionSpan(1, 0, 2),))
+
+
+@pytest.mark.parametrize(
+    ("max_staleness", "prompt", "tokens", "versions"),
+    [
+        (1, [9, 9, 2, 3], [2, 3, 4, 1], (VersionSpan(0, 0, 2), VersionSpan(1, 2, 4))),
+        (0, [9, 9], [4, 1], (VersionSpan(1, 0, 2),)),
+    ],
+)
+def test_tokens_of_older_weights_are_gone_on_with_where_groups_outlive_a_push_and_not_elsewhere(
+    max_staleness: int, prompt: list[int], tokens: list[int], versions: tuple[VersionSpan, ...], monkeypatch: Any
+) -> None:
+    async def course() -> None:
+        server, draft = OneServer(), Draft()
+        monkeypatch.setattr(client, "sample", server.sample)
+        requests = Requests(RolloutConfig(max_staleness=max_staleness), server, None, [1], 20)  # type: ignore[arg-type]
+        (one,) = await requests.group(requests.asked(PROMPT, PARAMS), 1, [draft])
+        assert (one.token_ids.tolist(), one.versions) == (tokens, versions)
+        further = server.bodies[1]
+        assert (further["token_ids"], further["sampling_params"]["max_tokens"]) == (prompt, 8 - len(prompt) + 2)
+        assert requests.partial.tokens_gone_on_with == len(prompt) - 2
+        assert requests.partial.tokens_thrown_away == 5 - len(prompt)
+        assert draft.sample == one
+        assert await requests.group(requests.asked(PROMPT, PARAMS), 1, [draft]) == [one]
+        assert len(server.bodies) == 2, "a whole draft is asked for no more"
+
+    asyncio.run(course())
