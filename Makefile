@@ -52,6 +52,7 @@ bench: setup
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/controller.py
 	$(BIN)/python benchmarks/sampler.py
+	$(BIN)/python benchmarks/versus_trl.py
 
 faults: setup
 	$(BIN)/python benchmarks/rank_faults.py

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import sampler
+from benchmarks import sampler, versus_trl
 from nemo_dapo.types import Draft, Prompt, Sample, SamplingParams
 
 ROOT = Path(__file__).parents[1]
@@ -86,3 +86,12 @@ def test_lengths_have_the_median_asked_for_and_a_heavy_tail() -> None:
     assert lengths[-1] == 1000
     longest_tenth = lengths[-len(lengths) // 10 :]
     assert sum(longest_tenth) > 0.35 * sum(lengths)  # of an exponential distribution: 0.33
+
+
+def test_the_goal_is_reached_by_the_mean_of_three_steps() -> None:
+    curve = versus_trl.Curve((1, 2, 3, 5, 6), (50, 10, 20, 30, 40), (0.5, 0.95, 0.92, 0.7, 1.0))
+    assert curve.until_goal is None
+    assert curve.tokens_per_second == 100 / 5  # the first step's tokens were there before the clock began
+    assert versus_trl.Curve((1, 2, 3, 5), (1,) * 4, (0.5, 0.85, 0.95, 0.92)).until_goal == 5
+    assert versus_trl.ratio([2.0, 4.0, 9.0], [8.0, 8.0, 1.0]) == 0.5
+    assert versus_trl.ratio([2.0, None], [1.0, 1.0]) is None
