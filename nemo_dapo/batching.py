@@ -54,6 +54,7 @@ class MicroBatch:
     max_seqlen: int
     where: Tensor  # [T] int64: which token of the TrainBatch targets[t] is; -1 where the mask is 0
     origin: Tensor  # [T] int64: which token of the TrainBatch tokens[t] is; -1 where it fills the pack up
+    routes: Tensor | None  # [T, L, K] uint8 or int32: the experts that tokens[t] goes to in each layer; None: any
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """A copy whose tensors lie on `device`."""
@@ -236,7 +237,16 @@ def pack(
         max_seqlen=max(boundaries),
         where=where,
         origin=origin,
+        routes=None if batch.routes is None else _routes(batch.routes, origin),
     )
+
+
+def _routes(routes: Tensor, origin: Tensor) -> Tensor:
+    """Those of the pack's tokens; what fills it up goes to experts 0 to K - 1, since a token's must differ."""
+    anything = torch.arange(routes.size(2), dtype=routes.dtype).expand(origin.numel(), *routes.shape[1:]).clone()
+    is_token = origin >= 0
+    anything[is_token] = routes[origin[is_token]]
+    return anything
 
 
 def scatter_logprobs(microbatches: Sequence[MicroBatch], logprobs: Sequence[Tensor], num_tokens: int) -> Tensor:

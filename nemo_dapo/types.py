@@ -181,6 +181,7 @@ class TrainBatch:
         rollout_logprobs  0 0 0 a b | 0 0 c d e      [T]  float32, of tokens[t]; 0 on prompt tokens
         advantages        A_0, A_1                   [B]  float32, Eq. 9: one value a sequence
         held              1, 1                       [B]  bool; None: all
+        routes            the experts of tokens[t]   [T, L, K]  uint8 or int32, of the L layers that have any; None: unknown
     """
 
     tokens: Tensor
@@ -189,6 +190,7 @@ class TrainBatch:
     rollout_logprobs: Tensor
     advantages: Tensor
     held: Tensor | None = None
+    routes: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -228,4 +230,5 @@ class TrainBatch:
             rollout_logprobs=torch.cat([self.rollout_logprobs[span] for span in spans]),
             advantages=self.advantages[indices],
             held=None if self.held is None else self.held[indices],
+            routes=None if self.routes is None else torch.cat([self.routes[span] for span in spans]),
         )

@@ -13,10 +13,21 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from nemo_dapo.telemetry.metrics import values
 from tests.parallel_matrix import fork_ranks
-from tests.policy_scenarios import LOSS, ROPE_THETA, VOCAB, Job, Layout, make_train_batch
+from tests.policy_scenarios import (
+    LOSS,
+    ROPE_THETA,
+    VOCAB,
+    Job,
+    Layout,
+    gradient_with,
+    logprobs_of_all,
+    make_train_batch,
+)
 from tests.tiny import save_tiny_model
 
 Scenarios = dict[str, Callable[[Job], Any]]
@@ -51,6 +62,75 @@ def load(layout: Layout, megatron: dict[str, Any]) -> Callable[[Job], dict[str, 
     return scenario
 
 
+def replay(layout: Layout, megatron: dict[str, Any]) -> Callable[[Job], dict[str, Any]]:
+    """Routes recorded and followed, by the same weights and by another router."""
+
+    def scenario(job: Job) -> dict[str, Any]:
+        plain, batch = job.policy(layout, MODEL, megatron=megatron), make_train_batch()
+        out: dict[str, Any] = {"plain": logprobs_of_all(plain, batch)}
+        policy = job.policy(layout, MODEL, megatron=megatron, replay_routes=True, with_reference=True)
+        out["recorded"] = logprobs_of_all(policy, batch)
+        out["routes"] = batch.routes
+        out["replayed"] = logprobs_of_all(policy, batch)
+        out["gradient"] = gradient_with(policy, batch, LOSS, out["plain"], 128)["gradient"]
+        out["plain gradient"] = gradient_with(plain, make_train_batch(), LOSS, out["plain"], 128)["gradient"]
+
+        other_router(policy)
+        taken, take = [], policy.expert_load.take_counts
+        policy.expert_load.take_counts = lambda: (taken.append(take()), taken[-1])[1]
+        calls = count_calls(policy)
+        out["other gradient"] = gradient_with(policy, batch, LOSS, out["plain"], 128)["gradient"]
+        out |= {"counts of the other": taken[0], "counts of all its calls": calls()}
+        out["other"] = logprobs_of_all(policy, batch)
+        own = make_train_batch()
+        out["other by itself"] = logprobs_of_all(policy, own)
+        out["routes of the other"] = own.routes
+        reference = policy.reference_logprobs(batch)
+        dist.all_reduce(reference, group=parallel_state().get_data_parallel_group())
+        out["reference"] = reference
+        half = batch.select(torch.arange(4, 8))
+        out["selected"] = torch.equal(half.routes, batch.routes[batch.token_indices(torch.arange(4, 8))])
+        return out
+
+    return scenario
+
+
+def parallel_state() -> Any:
+    from megatron.core import parallel_state
+
+    return parallel_state
+
+
+@torch.no_grad()
+def other_router(policy: Any) -> None:
+    """Noise on the routers' weights, the same on every rank."""
+    from nemo_dapo.megatron.moe import routers
+
+    for router in routers(policy.model):
+        generator = torch.Generator().manual_seed(router.layer_number)
+        router.weight += 0.3 * router.weight.std() * torch.randn(router.weight.shape, generator=generator)
+
+
+def count_calls(policy: Any) -> Callable[[], Tensor]:
+    """[L, E] tokens of all ranks that every call of a router from now on sends to an expert, filling included."""
+    from nemo_dapo.megatron.moe import routers
+
+    counts = torch.zeros_like(policy.expert_load.counts)
+
+    def count(router: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        counts[router.layer_number - 1] += output[1].sum(0)
+
+    hooks = [router.register_forward_hook(count) for router in routers(policy.model)]
+
+    def total() -> Tensor:
+        for hook in hooks:
+            hook.remove()
+        dist.all_reduce(counts)
+        return counts
+
+    return total
+
+
 def sequences_for_attention(layout: Layout) -> Callable[[Job], list[Any]]:
     """The packed sequences that a micro-batch is run with."""
 
@@ -69,6 +149,11 @@ def sequences_for_attention(layout: Layout) -> Callable[[Job], list[Any]]:
 SCENARIOS: dict[int, Scenarios] = {
     ranks: {
         f"load, {name}{', recomputed' if megatron else ''}": load(layout, megatron)
+        for name, layout in layouts.items()
+        for megatron in ({}, RECOMPUTED)
+    }
+    | {
+        f"replay, {name}{', recomputed' if megatron else ''}": replay(layout, megatron)
         for name, layout in layouts.items()
         for megatron in ({}, RECOMPUTED)
     }

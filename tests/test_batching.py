@@ -94,6 +94,19 @@ def test_sequences_of_a_pack_do_not_run_into_each_other() -> None:
     assert micro.ref_logprobs[micro.mask].tolist() == [-14, -16, -2, -4]
 
 
+def test_routes_lie_as_tokens_do_and_filling_goes_to_experts_that_differ() -> None:
+    batch = batch_of([3, 2], [1, 1])
+    batch.routes = torch.tensor([[[7, 3]], [[6, 2]], [[5, 1]], [[4, 0]], [[9, 8]]], dtype=torch.uint8)  # 1 layer, K = 2
+    micro = pack(batch.select(torch.tensor([1, 0])), [1, 0], sequence_multiple=4, multiple_of=10)
+    assert micro.routes is not None
+    assert micro.routes[:, 0].tolist() == [
+        *([7, 3], [6, 2], [5, 1], [0, 1]),  # sequence 0, which is 1 after the selection, and a filling token
+        *([4, 0], [9, 8], [0, 1], [0, 1]),
+        *([0, 1], [0, 1]),
+    ]
+    assert micro.routes.dtype == torch.uint8
+
+
 @pytest.mark.parametrize(("multiple", "tail"), [(1, 0), (2, 1), (7, 0), (8, 1), (5, 3)])
 def test_the_tail_fills_a_pack_to_a_multiple(multiple: int, tail: int) -> None:
     micro = pack(batch_of([4, 3], [2, 1]), [0, 1], multiple_of=multiple)

@@ -316,7 +316,7 @@ def test_no_check_between_options_is_without_a_test() -> None:
     """Each `yield` of a check is one complaint, provoked above or by other models below."""
     checks = Path(checks_between_options.__file__).read_text() + Path(checks_of_layouts.__file__).read_text()
     complaints = len(re.findall(r"^ +yield (?!from)", checks, re.MULTILINE))
-    by_models = 9  # sizes that do not divide, experts, adapters
+    by_models = 11  # sizes that do not divide, experts, adapters, routes
     no_yield_of_their_own = {
         "no model",  # of model_family.py
         "top k",
@@ -407,6 +407,22 @@ def test_adapters_that_the_model_cannot_have_are_refused(
 ) -> None:
     rewrite(model, **changes)
     message = complaint(*command, *arguments, world_size=2)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "parts"),
+    [
+        ({}, [], ["model.replay_routes=true", "dense", "false"]),
+        (EXPERTS, ["model.megatron.moe_router_fusion=true"], ["moe_router_fusion=true", "leave one"]),
+    ],
+)
+def test_routes_that_cannot_be_replayed_are_refused(
+    changes: dict[str, Any], arguments: list[str], parts: list[str], model: Path, command: list[str]
+) -> None:
+    rewrite(model, **changes)
+    message = complaint(*command, "model.replay_routes=true", *arguments)
     for part in parts:
         assert part in message
 

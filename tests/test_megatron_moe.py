@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.moe_scenarios import LAYERS, LAYOUTS, MODEL
+from tests.moe_scenarios import LAYOUTS, MODEL
+from tests.parallel_matrix import distance
 from tests.policy_scenarios import make_train_batch
 
 ROOT = Path(__file__).parents[1]
@@ -43,17 +44,25 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def counts(folder: Path) -> Tensor:
-    """[L, E]: tokens of the batch that go to each expert, as Hugging Face's router sends them."""
+def routes(folder: Path) -> Tensor:
+    """[T, L, K] int64: the experts of each token of the batch, in rising order, as Hugging Face's router has it."""
     model = AutoModelForCausalLM.from_pretrained(folder / "models" / MODEL, dtype=torch.float32)
-    batch, total = make_train_batch(), torch.zeros(LAYERS, EXPERTS, dtype=torch.int64)
+    batch, chosen = make_train_batch(), []
     with torch.no_grad():
         for tokens in batch.tokens.split(batch.lengths.tolist()):
             logits = model(tokens.unsqueeze(0), output_router_logits=True).router_logits  # L x [T, E]
-            chosen = torch.stack(list(logits)).topk(TOP_K).indices
-            total += torch.nn.functional.one_hot(chosen, EXPERTS).sum((1, 2))
-    assert int(total.sum()) == LAYERS * TOP_K * batch.tokens.numel()
-    return total
+            chosen.append(torch.stack(list(logits), dim=1).topk(TOP_K).indices)
+    return torch.cat(chosen).sort(-1).values
+
+
+def counts_of(routes: Tensor) -> Tensor:
+    """[L, E]: tokens that go to each expert."""
+    return torch.nn.functional.one_hot(routes.long(), EXPERTS).sum((0, 2))
+
+
+@pytest.fixture(scope="module")
+def counts(routes: Tensor) -> Tensor:
+    return counts_of(routes)
 
 
 @pytest.mark.parametrize("name", [f"{name}{how}" for name in EVERY for how in ("", ", recomputed")])
@@ -68,6 +77,55 @@ def test_each_token_is_counted_once_where_its_router_sends_it(
     assert found["moe_load"] == pytest.approx(float(load.mean()), rel=1e-12)
     assert found["moe_load_max"] == pytest.approx(float(load.max()), rel=1e-12)
     assert found["moe_unused"] == float((counts == 0).double().mean())
+
+
+def of_this_replica(name: str, recorded: Tensor) -> Tensor:
+    """[T] bool: tokens of rank 0's replica, which knows their routes alone; a token's experts differ, so not both are 0."""
+    mine = recorded.long().sum((1, 2)) > 0
+    assert mine.any()
+    assert mine.all() == (not name.startswith(("data", "experts"))), "with two replicas each has some of the tokens"
+    return mine
+
+
+HOW = [f"{name}{how}" for name in EVERY for how in ("", ", recomputed")]
+
+
+@pytest.mark.parametrize("name", HOW)
+def test_recorded_routes_are_the_routers_and_replayed_give_the_recorded_pass_bit_for_bit(
+    name: str, results: dict[str, Any], routes: Tensor
+) -> None:
+    found = results[f"replay, {name}"]
+    mine = of_this_replica(name, found["routes"])
+    assert torch.equal(found["routes"][mine].long().sort(-1).values, routes[mine])
+    assert torch.equal(found["recorded"], found["plain"]), "recording changes nothing"
+    assert torch.equal(found["replayed"], found["recorded"])
+    for weight, gradient in found["plain gradient"].items():
+        assert torch.equal(found["gradient"][weight], gradient), weight
+
+
+@pytest.mark.parametrize("name", HOW)
+def test_another_router_keeps_the_routes_forward_backward_and_in_what_is_computed_again(
+    name: str, results: dict[str, Any], routes: Tensor
+) -> None:
+    found = results[f"replay, {name}"]
+    mine = of_this_replica(name, found["routes"])
+    own = found["routes of the other"][mine].long().sort(-1).values
+    assert (own != routes[mine]).any(-1).double().mean() > 0.05, "by itself it would have gone elsewhere"
+    assert (found["other"] - found["other by itself"]).abs().max() > 1e-3
+    assert torch.equal(found["counts of the other"], counts_of(routes))
+    fills = found["counts of all its calls"] - counts_of(routes) * (2 if "recomputed" in name else 1)
+    assert not fills[:, TOP_K:].any(), "filling goes to the first K experts"
+    assert bool((fills[:, :1] == fills[:, :TOP_K]).all())
+    one = results["replay, one rank"]
+    assert distance(found["other gradient"], one["other gradient"]) < 1e-5
+    assert (found["other"] - one["other"]).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("name", HOW)
+def test_the_reference_routes_by_itself_and_a_selection_keeps_its_routes(name: str, results: dict[str, Any]) -> None:
+    found = results[f"replay, {name}"]
+    assert torch.equal(found["reference"], found["plain"])
+    assert found["selected"]
 
 
 @pytest.mark.parametrize("name", EVERY)

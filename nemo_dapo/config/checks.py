@@ -50,6 +50,7 @@ def validate(config: RunConfig, world_size: int) -> None:
             *check_layout(config, model, world_size),
             *_check_model(config, model),
             *_check_adapters(config, model),
+            *_check_replay(config, model),
             *_check_passed_through(config),
             *unreadable,
         ]
@@ -288,6 +289,18 @@ def _check_adapters(config: RunConfig, model: dict[str, Any] | None) -> Iterator
         yield (
             f"model.lora.target_modules has {', '.join(of_experts)}, which of a mixture are its experts': they get no "
             "adapters here; set it to [linear_qkv,linear_proj]"
+        )
+
+
+def _check_replay(config: RunConfig, model: dict[str, Any] | None) -> Iterator[str]:
+    if not config.model.replay_routes:
+        return
+    if model is not None and not model_family.num_experts(model):
+        yield "model.replay_routes=true replays the routes of a mixture of experts, but the model is dense; set it to false"
+    if config.model.megatron.get("moe_router_fusion"):
+        yield (
+            "model.megatron.moe_router_fusion=true chooses experts before it looks at the routes of "
+            "model.replay_routes=true; leave one of the two out"
         )
 
 

@@ -34,6 +34,7 @@ MODEL = {
             "expert_tensor_parallel_size",
         )
     },
+    "moe_enable_routing_replay": "model.replay_routes",
     **dict.fromkeys(("overlap_p2p_comm", "batch_p2p_comm"), "parallel.virtual_pipeline_model_parallel_size"),
     **dict.fromkeys(("hierarchical_context_parallel_sizes", "hybrid_context_parallel"), LAYOUTS),
     **dict.fromkeys(("bf16", "fp16", "params_dtype", "pipeline_dtype"), "model.precision"),

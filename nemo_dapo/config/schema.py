@@ -96,6 +96,8 @@ class ModelConfig:
     # logits of bfloat16 weights summed up and kept in float32, in the trainer and in vLLM, whose roundings differ
     fp32_logits: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
+    # a mixture's updates send each token to the experts of the pass that scored it before, not to those of a newer router
+    replay_routes: bool = False
     megatron: dict[str, Any] = field(default_factory=dict)  # fields of Megatron-core's TransformerConfig
 
 

@@ -39,6 +39,7 @@ from nemo_dapo.megatron.moe import ExpertLoad
 from nemo_dapo.megatron.optimizer import ddp_config, make_optimizer
 from nemo_dapo.megatron.parallel import all_reduce, device, full_float32
 from nemo_dapo.megatron.provider import make_provider
+from nemo_dapo.megatron.router_replay import RouterReplay
 from nemo_dapo.mismatch import Mismatch
 from nemo_dapo.telemetry.metrics import Max, Mean, Metric
 from nemo_dapo.types import Stage, TrainBatch
@@ -90,6 +91,7 @@ class MegatronPolicy:
             self.optimizer, self.scheduler = make_optimizer(self.model, self.provider, optimizer)
             self._wire_schedule()
         self.expert_load = ExpertLoad(self.model)
+        self.replay = RouterReplay(self.model if model.replay_routes else [])
         self.memory = PolicyMemory(self.model, self.optimizer, self.reference, moves=offload, servers=servers)
         self.bad_tokens: list[tuple[Tensor, Tensor]] = []
         self.mismatch = Mismatch()
@@ -201,8 +203,16 @@ class MegatronPolicy:
         )
 
     def logprobs(self, batch: TrainBatch, minibatches: Sequence[Tensor] | None = None) -> Tensor:
-        """Log-probability of every response token that this replica trains on: [T] float32 on the host, 0 elsewhere."""
-        return self._logprobs_of(self.model, batch, minibatches)
+        """Log-probability of every response token that this replica trains on: [T] float32 on the host, 0 elsewhere.
+
+        Where routes are replayed, a batch that has none gets those of this pass, which its updates then follow.
+        """
+        if not self.replay.will_record(batch):
+            return self._logprobs_of(self.model, batch, minibatches, self.replay)
+        self.replay.begin_recording(batch)
+        scored = self._logprobs_of(self.model, batch, minibatches, self.replay)
+        batch.routes = self._over_the_replica(self.replay.take_recorded())
+        return scored
 
     def reference_logprobs(self, batch: TrainBatch, minibatches: Sequence[Tensor] | None = None) -> Tensor:
         """The same under the frozen reference model; raises when the policy was built without one.
@@ -211,25 +221,34 @@ class MegatronPolicy:
         """
         if self.is_adapted:
             with adapters.switched_off(self.model):
-                return self._logprobs_of(self.model, batch, minibatches)
+                return self._logprobs_of(self.model, batch, minibatches, RouterReplay([]))
         assert self.reference is not None, "built with with_reference=False"
         with self.memory.reference_here():
-            return self._logprobs_of(self.reference, batch, minibatches)
+            return self._logprobs_of(self.reference, batch, minibatches, RouterReplay([]))
 
     @torch.no_grad()
-    def _logprobs_of(self, model: list[Any], batch: TrainBatch, minibatches: Sequence[Tensor] | None) -> Tensor:
+    def _logprobs_of(
+        self, model: list[Any], batch: TrainBatch, minibatches: Sequence[Tensor] | None, replay: RouterReplay
+    ) -> Tensor:
         self.memory.require(Stage.score, Stage.train)
 
         def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
-            out = self._forward(next(iterator).to(device()), chunk)
+            micro = next(iterator).to(device())
+            with replay.routing(micro, chunk):
+                out = self._forward(micro, chunk)
             return out, lambda scores, non_loss_data: scores[0, :, 0]
 
         microbatches = self._microbatches(batch, minibatches)
         scored = self._run(model, forward_step, microbatches, train=False)
+        replay.finish()
         total = torch.zeros(batch.tokens.numel(), dtype=torch.float32)
         if self._reports():
             total = scatter_logprobs(microbatches, scored, total.numel())
-        total = all_reduce(total, group=parallel_state.get_model_parallel_group())
+        return self._over_the_replica(total)
+
+    def _over_the_replica(self, parts: Tensor) -> Tensor:
+        """The sum over the ranks that share one replica's tokens and layers."""
+        total = all_reduce(parts, group=parallel_state.get_model_parallel_group())
         return all_reduce(total, group=parallel_state.get_context_parallel_group())
 
     # ---------------------------------------------------------------- update
@@ -285,12 +304,13 @@ class MegatronPolicy:
 
         def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
             micro = next(iterator).to(device())
-            with self.expert_load.counting(micro):
+            with self.expert_load.counting(micro), self.replay.routing(micro, chunk):
                 out = self._forward(micro, chunk)
             return out, functools.partial(loss_func, micro=micro)
 
         microbatches = self._microbatches(batch, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
         per_microbatch = self._run(self.model, forward_step, microbatches, train=True)
+        self.replay.finish()
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         apart = self.mismatch.metrics(all_reduce, counts=self._reports())

@@ -31,6 +31,8 @@ FULL_RECOMPUTATION = {
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
+# Fused routing chooses before it looks at what is to be replayed (seen in megatron-core 0.16.1).
+ROUTES_REPLAYED = {"moe_enable_routing_replay": True, "moe_router_fusion": False}
 # Names of a yarn scaling in config.json -> in Megatron's MLATransformerConfig.
 YARN_ROPE = {
     "factor": "rotary_scaling_factor",
@@ -54,6 +56,7 @@ def make_provider(bridge: Any, model: ModelConfig, parallel: ParallelConfig) -> 
         **without_side_losses(provider, model.megatron),
         **(transformer_engine(provider) if has_transformer_engine() else plain_torch()),
         **(recomputation(model.megatron) if torch.cuda.is_available() else {}),
+        **(ROUTES_REPLAYED if model.replay_routes else {}),
         **model.megatron,
     }
     check_known("model.megatron", settings, provider)
