@@ -123,6 +123,7 @@ class NodeWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         finalize_layerwise_reload(self.model, self.model_config)
         if current_platform.is_cpu():
             repack_tied_output(self.model)
+            repack_experts(self.model)
         if self._folder is not None:  # a layer keeps what it was given until all of it is there
             require_unchanged(*self._folder)
         quantised = getattr(self.model_config, "quantization", None) is not None
@@ -146,6 +147,18 @@ def repack_tied_output(model: torch.nn.Module) -> None:
     for module in modules:
         if isinstance(module, ParallelLMHead) and id(getattr(module, "weight", None)) in embeddings:
             module.quant_method.process_weights_after_loading(module)
+
+
+def repack_experts(model: torch.nn.Module) -> None:
+    """Put a mixture's new weights into the layout that the CPU backend's kernel reads.
+
+    vLLM does so at the first load alone (seen in 0.32, UnquantizedFusedMoEMethod._setup_kernel): after a reload the kernel
+    would read plain rows as packed ones.
+    """
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(module)
 
 
 def register() -> None:
