@@ -6,9 +6,10 @@ PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 DOCS := build/docs
-RUN ?= runs/demo
+EXPERIMENT ?= demo
+RUN ?= runs/$(EXPERIMENT)
 SEED ?= 0
-PARALLEL ?= single
+PARALLEL ?=
 RANKS ?= 2
 STARTED := $(shell date +%s)
 export OMP_NUM_THREADS ?= 1
@@ -24,7 +25,7 @@ $(VENV)/.complete: requirements/cpu.txt requirements/overrides.txt requirements/
 	@touch $@
 
 demo: setup
-	@PATH="$(abspath $(BIN)):$$PATH" RUN=$(RUN) SEED=$(SEED) PARALLEL=$(PARALLEL) RANKS=$(RANKS) STARTED=$(STARTED) bash examples/demo/run.sh
+	@PATH="$(abspath $(BIN)):$$PATH" EXPERIMENT=$(EXPERIMENT) RUN=$(RUN) SEED=$(SEED) PARALLEL=$(PARALLEL) RANKS=$(RANKS) STARTED=$(STARTED) bash examples/demo/run.sh
 
 test: setup
 	@echo "== test: the whole suite (CPU; tests marked gpu are skipped without a CUDA device)"

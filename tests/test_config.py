@@ -427,6 +427,14 @@ def test_routes_that_cannot_be_replayed_are_refused(
         assert part in message
 
 
+def test_the_demo_of_a_mixture_deals_its_experts_to_its_two_ranks(model: Path) -> None:
+    rewrite(model, **SAVED_BY_TRANSFORMERS_5)
+    run = compose("experiment=demo_moe", f"model.path={model}")
+    validate(run, world_size=2)
+    assert (run.parallel.expert_model_parallel_size, run.model.precision.value) == (2, "fp32")
+    assert run.optimizer.lr == compose("experiment=demo", f"model.path={model}").optimizer.lr
+
+
 def test_a_request_for_anything_but_one_run_is_left_to_hydra() -> None:
     for arguments in (["--cfg", "all"], ["--info", "searchpath"], ["--hydra-help"], ["--config-name", "mine"]):
         assert entry.composed(CONF / "config.yaml", arguments) is None

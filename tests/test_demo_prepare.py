@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.demo import prepare, report
 from nemo_dapo.config import RunConfig
+from nemo_dapo.config.model_family import check_trainable, read
 from nemo_dapo.data.formats.arithmetic import Sum, generate
 
 RECIPE = prepare.Recipe(template="{problem}\n", max_digits=4, hidden=32, intermediate=64, layers=1, steps=2, batch=4)
@@ -68,11 +69,21 @@ def test_only_the_response_and_its_end_are_targets(folder: Path) -> None:
 
 
 def test_the_demo_s_experiment_and_its_warm_start_ask_in_the_same_words() -> None:
-    recipe = prepare.recipe_of_the_demo(seed=3)
+    recipe = prepare.recipe_of("demo", seed=3)
     assert recipe.seed == 3
     assert "{problem}" in recipe.template
     longest = Sum(10**recipe.max_digits - 1, 10**recipe.max_digits - 1)
     assert len(longest.solution) < 64
+
+
+def test_the_mixture_is_warm_started_and_read_as_one(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, problems=64, experts=prepare.recipe_of("demo_moe", seed=0).experts)
+    assert prepare.prepare(tmp_path / "model", recipe)
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert (model.config.model_type, model.config.num_experts, model.config.num_experts_per_tok) == ("qwen3_moe", 4, 2)
+    assert not [*check_trainable("model", read(str(tmp_path / "model")))]
+    assert not prepare.prepare(tmp_path / "model", recipe)
 
 
 # The report

@@ -1,6 +1,7 @@
-"""The demo's language model: a small Qwen2 with its own tokenizer, warm-started on imperfect worked solutions.
+"""The demo's language model: a small Qwen2, or Qwen3-MoE, with its own tokenizer, warm-started on imperfect solutions.
 
     python examples/demo/prepare.py --output runs/demo/model --seed 0
+    python examples/demo/prepare.py --output runs/demo_moe/model --experiment demo_moe
 
 It learns the procedure of column addition from a learner who often forgets the carry, so that it starts DAPO right about
 half of the time. The result is cached: the second run with the same recipe and seed does nothing.
@@ -25,21 +26,26 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm import trange
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from nemo_dapo.data.formats import arithmetic
 from nemo_dapo.data.formats.arithmetic import Sum, generate, imperfect_solution
 
-EXPERIMENT = Path(__file__).parents[2] / "conf" / "experiment" / "demo.yaml"
+EXPERIMENT = Path(__file__).parents[2] / "conf" / "experiment" / "demo.yaml"  # the other demos' problems are its
+EXPERTS = {"demo": 0, "demo_moe": 4}
 MANIFEST = "warm_start.json"
 PAD, EOS = 0, 1
 IGNORED = -100  # cross_entropy's mark for positions without a target
+Model = Qwen2ForCausalLM | Qwen3MoeForCausalLM
 MERGED_WORD = "Answer"  # one token instead of six
 
 
@@ -51,7 +57,9 @@ class Recipe:
     max_digits: int
     seed: int = 0
     hidden: int = 128
-    intermediate: int = 384
+    intermediate: int = 384  # of all experts that a token goes to
+    experts: int = 0  # of each layer; 0 = dense
+    experts_per_token: int = 2
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
@@ -79,17 +87,19 @@ class Recipe:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo/model"))
+    parser.add_argument("--experiment", choices=EXPERTS, default="demo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    prepare(arguments.output, recipe_of_the_demo(arguments.seed))
+    prepare(arguments.output, recipe_of(arguments.experiment, arguments.seed))
 
 
-def recipe_of_the_demo(seed: int) -> Recipe:
-    """The recipe for the prompts that conf/experiment/demo.yaml trains on."""
+def recipe_of(experiment: str, seed: int) -> Recipe:
+    """The recipe for the prompts that conf/experiment/demo.yaml and those made from it train on."""
     data = OmegaConf.load(EXPERIMENT).data
-    return Recipe(template=data.template, max_digits=data.train.arithmetic.max_digits, seed=seed)
+    digits = data.train.arithmetic.max_digits
+    return Recipe(template=data.template, max_digits=digits, seed=seed, experts=EXPERTS[experiment])
 
 
 def prepare(output: Path, recipe: Recipe) -> bool:
@@ -134,22 +144,31 @@ def save_tokenizer(path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(path)
 
 
-def model_config(recipe: Recipe) -> Qwen2Config:
-    return Qwen2Config(
-        vocab_size=recipe.vocab,
-        hidden_size=recipe.hidden,
-        intermediate_size=recipe.intermediate,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.kv_heads,
-        max_position_embeddings=recipe.max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
-        initializer_range=recipe.initializer_range,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
+def model_config(recipe: Recipe) -> Qwen2Config | Qwen3MoeConfig:
+    sizes: dict[str, Any] = {
+        "vocab_size": recipe.vocab,
+        "hidden_size": recipe.hidden,
+        "intermediate_size": recipe.intermediate,
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.heads,
+        "num_key_value_heads": recipe.kv_heads,
+        "max_position_embeddings": recipe.max_positions,
+        "rope_parameters": {"rope_type": "default", "rope_theta": recipe.rope_theta},
+        "initializer_range": recipe.initializer_range,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
+    if not recipe.experts:
+        return Qwen2Config(**sizes)
+    sizes |= {
+        "head_dim": recipe.hidden // recipe.heads,
+        "num_experts": recipe.experts,
+        "num_experts_per_tok": recipe.experts_per_token,
+        "moe_intermediate_size": recipe.intermediate // recipe.experts_per_token,
+    }
+    return Qwen3MoeConfig(**sizes, norm_topk_prob=True)
 
 
 def save_config(path: Path, recipe: Recipe) -> Path:
@@ -158,12 +177,17 @@ def save_config(path: Path, recipe: Recipe) -> Path:
     return path
 
 
-def build_model(recipe: Recipe) -> Qwen2ForCausalLM:
+def build_model(recipe: Recipe) -> Model:
     torch.manual_seed(recipe.seed)
-    return Qwen2ForCausalLM(model_config(recipe))
+    config = model_config(recipe)
+    if not isinstance(config, Qwen3MoeConfig):
+        return Qwen2ForCausalLM(config)
+    # One expert after another: transformers' batched products take fifty times as long on a CPU.
+    model: Model = AutoModelForCausalLM.from_config(config, experts_implementation="eager", dtype=torch.float32)
+    return model
 
 
-def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+def train(model: Model, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
     """Cross-entropy on imperfect solutions of problems in the train split, linear decay to zero."""
     rng = random.Random(recipe.seed)
     problems = generate(recipe.problems, recipe.seed, recipe.max_digits, "train")
@@ -207,7 +231,7 @@ def prompt_ids(one: Sum, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> 
 
 
 @torch.no_grad()
-def sample(model: Qwen2ForCausalLM, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+def sample(model: Model, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
     """One response a prompt at temperature 1, without its <eos>."""
     width = max(map(len, prompts))
     # Prompts are padded on the left, so that every row's next token is the last column.
@@ -220,9 +244,7 @@ def sample(model: Qwen2ForCausalLM, prompts: list[list[int]], max_tokens: int) -
     return [row[: row.index(EOS)] if EOS in row else row for row in responses]
 
 
-def report_accuracy(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, count: int = 64
-) -> float:
+def report_accuracy(model: Model, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, count: int = 64) -> float:
     """Print two responses and the share of right ones on `count` held-out problems."""
     problems = generate(count, recipe.seed, recipe.max_digits, "eval")
     responses = sample(model, [prompt_ids(one, tokenizer, recipe) for one in problems], max_tokens=64)
