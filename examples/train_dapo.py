@@ -25,7 +25,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_dapo import config as schema
 from nemo_dapo import entry
@@ -139,23 +139,19 @@ def start_controller(
     from nemo_dapo.rollout.command import with_the_head_of
     from nemo_dapo.rollout.engine import VLLMEngine
     from nemo_dapo.rollout.replay import ReplayEngine
-    from nemo_dapo.telemetry.manifest import write_manifest
-    from nemo_dapo.telemetry.sinks import start_anew
 
     model_path = Path(config.model.path)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     data = load_run_data(config.data, tokenizer, config.rollout.max_prompt_length)
     for report in data.reports:
         print(report, flush=True)
-    if resumed is None:
-        start_anew(run_dir)
-    write_manifest(run_dir / "manifest.json", config, data.reports)
     attempts = math.ceil(config.algorithm.prompts_per_step * config.algorithm.max_attempts)
     if scarce := data.scarcity(attempts):
         print(scarce, flush=True)
     curriculum = Curriculum(config.data.skip_solved_visits)
     accept = config.data.accept_changed
     loader = PromptLoader(data.train, config.seed, curriculum, rendering=data.rendering, accept_changed=accept)
+    begin_records(config, run_dir, loader, data.reports, resumed)
     rewarder = stack.enter_context(RewardPool.from_config(config.reward, tokenizer, printed=run_dir / "rewards.log"))
     sinks = make_sinks(config, run_dir, resumed)
     stack.callback(sinks.close)
@@ -186,6 +182,26 @@ def start_controller(
     return executor.submit(start), engine.door if isinstance(engine, VLLMEngine) else None
 
 
+def begin_records(config: RunConfig, run_dir: Path, loader: Any, reports: Any, resumed: int | None) -> None:
+    """The options and the manifest of this start, in the run's directory.
+
+    Raises ValueError where the run cannot go on from the checkpoint of step `resumed`: what lies there describes the run
+    that it belongs to, and is left as it was.
+    """
+    from nemo_dapo import checkpoint
+    from nemo_dapo.telemetry.manifest import write_config, write_manifest
+    from nemo_dapo.telemetry.sinks import start_anew
+
+    if resumed is None:
+        start_anew(run_dir)
+    else:
+        state = checkpoint.read_state_without_window(run_dir / "checkpoints", resumed)
+        checkpoint.require_same_model(state, config.model)
+        loader.accepted_changes(state["loader"])
+    write_config(run_dir / "config.yaml", config)
+    write_manifest(run_dir / "manifest.json", config, reports)
+
+
 def make_sinks(config: RunConfig, run_dir: Path, resumed: int | None) -> Any:
     """metrics.jsonl always; TensorBoard and Weights & Biases as configured."""
     from nemo_dapo.telemetry.sinks import MetricsJsonl, Sink, Sinks, TensorBoardSink, WandbSink
@@ -211,17 +227,13 @@ def check(config: RunConfig) -> None:
 
 
 def prepare(cfg: DictConfig) -> RunConfig:
-    """Typed and checked options; rank 0 keeps a copy in the run's directory."""
+    """Typed and checked options; the run's directory is there."""
     from nemo_dapo.rollout import sharing
 
     config = schema.typed(cfg)
     check(config)
     config.rollout = sharing.with_sleep(config)
-    run_dir = Path(config.output_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if is_rank_zero():
-        shown = redacted(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
-        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(shown)))
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     return config
 
 

@@ -352,15 +352,7 @@ class DAPOTrainer:
     async def restore_controller(self, state: dict[str, Any]) -> None:
         """Rank 0's part of `resume`; raises ValueError for another model or other data."""
         assert self.controller is not None
-        precision = self.config.model.precision.value
-        differing = hf_folder.differences(state["model"], self.model)
-        differing += [f"model.precision {state['precision']} -> {precision}"] if state["precision"] != precision else []
-        if differing:
-            raise ValueError(
-                f"the checkpoint of step {self.resumed} is of another model than model.path={self.config.model.path}: "
-                f"{'; '.join(differing)}; restore the model that the run started from, or start anew with another name= or "
-                "checkpoint.resume=never"
-            )
+        checkpoint.require_same_model(state, self.config.model)
         self.controller.load_state_dict(state)
         before = state["optimizer"]
         now = self.optimizer_options()

