@@ -51,12 +51,14 @@ def hf_model(path: Path, change: float = 0.0) -> PreTrainedModel:
     return model
 
 
-def hf_logprobs(model: PreTrainedModel, sample: Sample, temperature: float = 1.0) -> torch.Tensor:
+def hf_logprobs(
+    model: PreTrainedModel, sample: Sample, temperature: float = 1.0, prompt: Prompt = PROMPT
+) -> torch.Tensor:
     """Log-probability of each response token: [R] float32."""
-    ids = torch.tensor([[*PROMPT.token_ids, *sample.token_ids.tolist()]])
+    ids = torch.tensor([[*prompt.token_ids, *sample.token_ids.tolist()]])
     with torch.no_grad():
-        logits = model(ids).logits[0, len(PROMPT.token_ids) - 1 : -1] / temperature  # [R, V]
-    return torch.log_softmax(logits, -1).gather(1, ids[0, len(PROMPT.token_ids) :, None])[:, 0]
+        logits = model(ids).logits[0, len(prompt.token_ids) - 1 : -1] / temperature  # [R, V]
+    return torch.log_softmax(logits, -1).gather(1, ids[0, len(prompt.token_ids) :, None])[:, 0]
 
 
 def gap(model: PreTrainedModel, samples: list[Sample], temperature: float = 1.0) -> float:
@@ -127,23 +129,76 @@ def test_samples_of_one_prompt_differ_and_end_with_their_end_token(vllm_engine):
         assert END_TOKEN not in s.token_ids[:-1]
 
 
-def test_tokens_sampled_across_an_update_know_their_version_and_its_logprobs(vllm_engine, tiny_models):
-    old, new = hf_model(tiny_models["tied"]), hf_model(tiny_models["tied"], change=0.05)
-    first = push(vllm_engine, old)
+def sampled_across_a_push(
+    engine: VLLMEngine, old: PreTrainedModel, new: PreTrainedModel
+) -> list[tuple[Sample, torch.Tensor, torch.Tensor]]:
+    """Samples that have tokens of both models, with the log-probabilities [R] of all of them under each."""
+    first = push(engine, old)
     results: list[Sample] = []
-    thread = threading.Thread(target=lambda: results.extend(sample(vllm_engine, n=128, max_tokens=384)))
+    thread = threading.Thread(target=lambda: results.extend(sample(engine, n=128, max_tokens=384)))
     thread.start()
-    assert wait_until(lambda: metric(vllm_engine, "num_requests_running") > 0)
-    second = push(vllm_engine, new)
+    assert wait_until(lambda: metric(engine, "num_requests_running") > 0)
+    second = push(engine, new)
     thread.join()
     crossed = [s for s in results if len(s.versions) == 2]
     assert crossed  # else the update came before the first or after the last token
-    for s in crossed:
-        assert [span.version for span in s.versions] == [first, second]
+    assert {tuple(span.version for span in s.versions) for s in crossed} == {(first, second)}
+    return [(s, hf_logprobs(old, s), hf_logprobs(new, s)) for s in crossed]
+
+
+def test_tokens_sampled_across_an_update_know_their_version_and_its_logprobs(vllm_engine, tiny_models):
+    old, new = hf_model(tiny_models["tied"]), hf_model(tiny_models["tied"], change=0.05)
+    for s, under_old, under_new in sampled_across_a_push(vllm_engine, old, new):
         cut = s.versions[0].end
         # The key-value cache is recomputed after the update, so the new model's logprobs hold for the whole rest.
-        expected = torch.cat([hf_logprobs(old, s)[:cut], hf_logprobs(new, s)[cut:]])
+        expected = torch.cat([under_old[:cut], under_new[cut:]])
         assert (expected - torch.tensor(s.logprobs)).abs().mean() < LOGPROB_TOLERANCE
+    assert vllm_engine.metrics()["server/pause_seconds"] > 0
+
+
+def test_over_an_update_that_keeps_the_cache_tokens_are_of_the_new_weights_nearly(
+    vllm_engine, tiny_models, monkeypatch
+):
+    monkeypatch.setattr(vllm_engine.upkeep, "keeps_cache", True)
+    old, new = hf_model(tiny_models["tied"]), hf_model(tiny_models["tied"], change=0.05)
+    to_old, to_new = [], []
+    for s, under_old, under_new in sampled_across_a_push(vllm_engine, old, new):
+        cut, said = s.versions[0].end, torch.tensor(s.logprobs)
+        assert (under_old - said)[:cut].abs().mean() < LOGPROB_TOLERANCE
+        to_old.append((under_old - said)[cut:].abs())
+        to_new.append((under_new - said)[cut:].abs())
+    gap_to_old, gap_to_new = torch.cat(to_old).mean(), torch.cat(to_new).mean()
+    # They attend to keys and values of the old weights: the new model's log-probabilities, up to that.
+    assert LOGPROB_TOLERANCE < gap_to_new < gap_to_old / 2
+
+
+def test_a_new_request_never_meets_a_prefix_of_older_weights_though_the_cache_is_kept(
+    vllm_engine, tiny_models, monkeypatch
+):
+    monkeypatch.setattr(vllm_engine.upkeep, "keeps_cache", True)
+    old, new = hf_model(tiny_models["tied"]), hf_model(tiny_models["tied"], change=0.05)
+    long = dataclasses.replace(PROMPT, token_ids=tuple(20 + i % 250 for i in range(300)))  # two blocks of the cache
+
+    def ask() -> tuple[float, Sample]:
+        """How many tokens of the prompt were found in the cache, and the answer."""
+        before = metric(vllm_engine, "prefix_cache_hits_total")
+        (answer,) = asyncio.run(vllm_engine.generate(long, 1, SamplingParams(max_tokens=64)))
+        return metric(vllm_engine, "prefix_cache_hits_total") - before, answer
+
+    def gap_after_a_push() -> tuple[float, float]:
+        """Tokens found after a push of `new` over `old`, and the distance of the answer from `new`."""
+        push(vllm_engine, old)
+        ask()
+        assert ask()[0] > 0, "requests of one version share it"
+        push(vllm_engine, new)
+        found, answer = ask()
+        return found, (hf_logprobs(new, answer, prompt=long) - torch.tensor(answer.logprobs)).abs().mean().item()
+
+    found, distance = gap_after_a_push()
+    assert (found, distance < LOGPROB_TOLERANCE) == (0, True)
+    monkeypatch.setattr(client, "with_salt", lambda body, version: body)
+    found, distance = gap_after_a_push()
+    assert (found > 0, distance > 10 * LOGPROB_TOLERANCE) == (True, True)
 
 
 def test_an_incomplete_export_leaves_the_server_as_it_was(vllm_engine, tiny_models):

@@ -74,6 +74,11 @@ class PartialAnswers(Enum):
     discard = "discard"
 
 
+class InflightCache(Enum):
+    keep = "keep"
+    recompute = "recompute"
+
+
 class Placement(Enum):
     local = "local"
     colocated = "colocated"
@@ -166,6 +171,8 @@ class RolloutConfig:
     # m: the weights that a token is sampled under may be this many pushes older than those that train on it. Then groups
     # that a step does not need stay for later ones, and generation goes on while the trainer updates; 0 = as in the paper
     max_staleness: int = number(0, at_least=0, at_most=64)
+    # key-value cache of answers that are being generated when new weights come: kept, or recomputed under them
+    inflight_cache: InflightCache = InflightCache.keep
     partial_answers: PartialAnswers = PartialAnswers.keep  # of a server that died: gone on with elsewhere, or discarded
     start_timeout: float = number(900.0, above=0, at_most=A_YEAR)  # seconds until a server must be healthy
     request_timeout: float = number(3600.0, above=0, at_most=A_YEAR)  # seconds for one sample

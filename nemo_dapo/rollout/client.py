@@ -117,6 +117,11 @@ def request_body(
     return json.dumps(body if priority is None else body | {"priority": priority}).encode()
 
 
+def with_salt(body: bytes, version: int) -> bytes:
+    """The request `body` under weights `version`: a server shares prefixes among requests of one version alone."""
+    return body[:-1] + f', "cache_salt": "{version}"}}'.encode()
+
+
 async def sample(
     http: aiohttp.ClientSession,
     server: Server,

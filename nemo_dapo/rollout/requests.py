@@ -148,7 +148,7 @@ class Requests:
         kept = progress.begin(upkeep.version, is_updating=bool(upkeep.paused))
         whole = dataclasses.replace(progress.expected, oldest_version=progress.oldest_version)
         rest = dataclasses.replace(whole, max_tokens=whole.max_tokens - len(kept), oldest_version=progress.version)
-        body = asked.body if not len(kept) else self._body_from(asked, kept)
+        body = client.with_salt(asked.body if not len(kept) else self._body_from(asked, kept), upkeep.version)
 
         def on_tokens(token_ids: wire.Ids, logprobs: wire.Logprobs) -> None:
             progress.add(token_ids, logprobs, upkeep.version)

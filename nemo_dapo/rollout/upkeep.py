@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from nemo_dapo.config import RolloutConfig
+from nemo_dapo.config import InflightCache, RolloutConfig
 from nemo_dapo.rollout import admission, client, control, wire
 from nemo_dapo.rollout.admission import Reading
 from nemo_dapo.rollout.attached import AttachedServers
@@ -63,6 +63,8 @@ class Upkeep:
         self.version = INITIAL_VERSION
         self.restarts = 0
         self.pause_seconds = 0.0  # of all updates so far: servers generated nothing
+        # Of requests in flight, over an update. Without any there is nothing to keep.
+        self.keeps_cache = config.max_staleness > 0 and config.inflight_cache is InflightCache.keep
         self.asked = [client.Server(server.url) for server in servers.servers]
         self.paused: list[str] = []
         self.asleep: set[str] = set()  # what the servers have given up
@@ -126,7 +128,8 @@ class Upkeep:
         life, fault = self._unwell.pop(member.index, (None, None))
         if life is member.life:
             return member.life, fault
-        return member.life, await self._fault_of(member, "pause", push.pause)
+        pause = functools.partial(push.pause, keeps_cache=self.keeps_cache)
+        return member.life, await self._fault_of(member, "pause", pause)
 
     async def _update(self, member: Member, life: Life, fault: str | None) -> None:
         await self._while_there(member, self.fleet.settled(member))  # a restart may have ended with the weights before
@@ -164,7 +167,7 @@ class Upkeep:
         with self.ledger.loading(self.node_of(member.index)) as held:
             assert held is not None  # after an update
             # Without its cache a server cannot go on.
-            await push.push_weights(http, held, deadline, resume=not self.asleep)
+            await push.push_weights(http, held, deadline, resume=not self.asleep, keeps_cache=self.keeps_cache)
             member.version, member.is_stale = held.version, False
 
     # ---------------------------------------------------------------- sleep

@@ -23,28 +23,32 @@ class Held:
     digest: str
 
 
-async def push_weights(http: httpx.AsyncClient, held: Held, deadline: float, *, resume: bool = True) -> None:
+async def push_weights(
+    http: httpx.AsyncClient, held: Held, deadline: float, *, resume: bool = True, keeps_cache: bool = False
+) -> None:
     """Make one server load `held` and check that it says so.
 
-    Requests in flight are frozen, not aborted: their key-value cache is dropped and recomputed with the new weights, and
-    the spans of their samples name both versions. Without `resume` the server stays paused. `deadline` is of
-    time.monotonic(). Raises RuntimeError when the server refuses a call or ends up with another version, ServerDiedError or
-    httpx.TransportError when it is gone, TimeoutError when it is late.
+    Requests in flight are frozen, not aborted: their key-value cache is dropped and recomputed with the new weights, or
+    with `keeps_cache` gone on with, and the spans of their samples name both versions. Without `resume` the server stays
+    paused. `deadline` is of time.monotonic(). Raises RuntimeError when the server refuses a call or ends up with another
+    version, ServerDiedError or httpx.TransportError when it is gone, TimeoutError when it is late.
     """
-    await pause(http, deadline)
+    await pause(http, deadline, keeps_cache=keeps_cache)
     await call(http, "POST", "/start_weight_update", deadline, may_be_absent=True)
     await call(http, "POST", "/update_weights", deadline, json={"update_info": asdict(held)})
     await call(http, "POST", "/finish_weight_update", deadline, json={}, may_be_absent=True)
-    await call(http, "POST", "/reset_prefix_cache", deadline, params={"reset_running_requests": "true"})
+    if not keeps_cache:
+        await call(http, "POST", "/reset_prefix_cache", deadline, params={"reset_running_requests": "true"})
     # The version last: tokens carry it only once the weights and the cache are the new ones.
     await set_version(http, held.version, deadline)
     if resume:
         await call(http, "POST", "/resume", deadline)
 
 
-async def pause(http: httpx.AsyncClient, deadline: float) -> None:
+async def pause(http: httpx.AsyncClient, deadline: float, *, keeps_cache: bool = False) -> None:
     """Freeze the requests of a server, those to come too; it may be paused already."""
-    await call(http, "POST", "/pause", deadline, params={"mode": "keep"})
+    params = {"mode": "keep"} | ({"clear_cache": "false"} if keeps_cache else {})
+    await call(http, "POST", "/pause", deadline, params=params)
 
 
 async def set_version(http: httpx.AsyncClient, version: int, deadline: float) -> None:
