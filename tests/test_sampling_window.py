@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +40,7 @@ from nemo_dapo.types import (
 from tests.test_sampling import Engine, G, Loader, dropped, indices, make, random_latency, run, scripted
 from tests.test_trainer import Stub, model_folder
 
+ROOT = Path(__file__).parents[1]
 SCRIPT = scripted("wkkrrkwrkwwkr")
 
 
@@ -384,3 +390,35 @@ def test_a_trainer_that_resumes_takes_the_groups_of_its_checkpoint_and_none_twic
     assert not finished & set(second.stub.asked)
     assert first.judged + second.judged == whole.judged
     assert [record["step"] for record in second.records] == [4, 5]
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_a_trainer_killed_with_a_full_window_goes_on_with_its_groups_each_exactly_once(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = trained(tmp_path / "whole", 2, max_steps=30)
+    killed = subprocess.Popen([sys.executable, "-m", "tests.test_sampling_window", str(tmp_path)], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    try:
+        while (checkpoint.latest(tmp_path / "checkpoints") or 0) < 3 and killed.poll() is None:
+            assert time.monotonic() < deadline, "no third checkpoint"
+            time.sleep(0.01)
+    finally:
+        killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    step = checkpoint.latest(tmp_path / "checkpoints")
+    assert step is not None
+    saved = checkpoint.read_state(tmp_path / "checkpoints", step)
+    finished = {one.prompt.metadata["i"]: one.group for one in saved["window"] if one.group}
+    assert sum(len(s.token_ids) for group in finished.values() for s in group.samples) > 0, (
+        "tokens that starting over loses"
+    )
+    resumed = trained(tmp_path, 2, max_steps=step + 3, resumed=step)
+    judged = saved["sampler"]["counters"]["groups_judged"]
+    assert resumed.judged == whole.judged[judged : judged + len(resumed.judged)]
+    assert not finished.keys() & set(resumed.stub.asked)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as store:
+        dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
+        trained(Path(sys.argv[1]), 2, max_steps=1000)
