@@ -191,6 +191,52 @@ def pack(
     pack has `at_least` so many tokens.
     """
     assert batch.held is None or bool(batch.held[list(sequences)].all()), "the tokens are on another rank"
+    places = _places(batch, sequences, multiple_of, sequence_multiple, at_least)
+    mask, origin, segment, boundaries = places.mask, places.origin, places.segment, places.boundaries
+    where = torch.where(mask, torch.cat([origin[1:], origin[:1]]), -1)
+
+    def gathered(values: Tensor, rows: Tensor) -> Tensor:
+        """values[rows], 0 where a row is -1. Without sequences nothing is read: this rank may hold no token at all."""
+        found = values[rows.clamp(min=0)] if len(sequences) else torch.zeros(rows.numel(), dtype=values.dtype)
+        return torch.where(rows < 0, torch.zeros((), dtype=values.dtype), found)
+
+    sequence = torch.tensor([*sequences, -1], dtype=torch.int64)[segment]
+    return MicroBatch(
+        tokens=gathered(batch.tokens, origin).long(),
+        positions=places.positions,
+        targets=gathered(batch.tokens, where).long(),
+        mask=mask,
+        sequence=sequence,
+        segment=segment,
+        starts=places.starts,
+        advantages=torch.where(mask, batch.advantages[sequence.clamp(min=0)], 0.0),
+        rollout_logprobs=gathered(batch.rollout_logprobs, where),
+        old_logprobs=None if old_logprobs is None else gathered(old_logprobs, where),
+        ref_logprobs=None if ref_logprobs is None else gathered(ref_logprobs, where),
+        cu_seqlens=torch.tensor([0, *boundaries], dtype=torch.int64).cumsum(0).to(torch.int32),
+        response_lengths=torch.zeros(len(boundaries), dtype=torch.int64).index_add(0, segment, mask.long()),
+        max_seqlen=max(boundaries),
+        where=where,
+        origin=origin,
+        routes=None if batch.routes is None else _routes(batch.routes, origin),
+    )
+
+
+@dataclass
+class _Places:
+    """What lies where in a pack of T tokens: `boundaries` are the lengths [S] of its pieces, all else is [T]."""
+
+    boundaries: list[int]
+    segment: Tensor
+    positions: Tensor
+    origin: Tensor
+    mask: Tensor
+    starts: Tensor
+
+
+def _places(
+    batch: TrainBatch, sequences: Sequence[int], multiple_of: int, sequence_multiple: int, at_least: int
+) -> _Places:
     ends = torch.cumsum(batch.held_lengths, 0)
     real = [int(batch.lengths[i]) for i in sequences]
     lengths = [n + -n % sequence_multiple for n in real]
@@ -199,46 +245,17 @@ def pack(
     tail = total + -total % multiple_of - used
     boundaries = [*lengths, tail] if tail else lengths
     offsets = [int(ends[i]) - n for i, n in zip(sequences, real, strict=True)]
-    of_sequence = torch.repeat_interleave(torch.arange(len(boundaries)), torch.tensor(boundaries))  # [T]
+    segment = torch.repeat_interleave(torch.arange(len(boundaries)), torch.tensor(boundaries))
     positions = torch.cat([torch.arange(n) for n in boundaries])
-    is_fill = positions >= torch.tensor([*real, 0])[of_sequence]
-    origin = torch.where(is_fill, -1, positions + torch.tensor([*offsets, 0])[of_sequence])
-    rows = origin.clamp(min=0)
+    is_fill = positions >= torch.tensor([*real, 0])[segment]
+    origin = torch.where(is_fill, -1, positions + torch.tensor([*offsets, 0])[segment])
 
     # targets[t] is the next token of the same sequence; the last token of a sequence predicts nothing.
-    prompts = torch.tensor([*(int(batch.prompt_lengths[i]) for i in sequences), 0])[of_sequence]
+    prompts = torch.tensor([*(int(batch.prompt_lengths[i]) for i in sequences), 0])[segment]
     is_response = ~is_fill & (positions >= prompts)
     mask = torch.cat([is_response[1:], torch.zeros(1, dtype=torch.bool)])
     mask[torch.tensor(boundaries, dtype=torch.int64).cumsum(0) - 1] = False
-    where = torch.where(mask, torch.cat([rows[1:], rows[:1]]), -1)
-
-    def gathered(values: Tensor, rows: Tensor) -> Tensor:
-        # Without sequences nothing is read: this rank may hold no token at all.
-        return values[rows] if used else torch.zeros(tail, dtype=values.dtype)
-
-    def of_targets(values: Tensor) -> Tensor:
-        return torch.where(mask, gathered(values, where.clamp(min=0)), torch.zeros((), dtype=values.dtype))
-
-    sequence = torch.tensor([*sequences, -1], dtype=torch.int64)[of_sequence]
-    return MicroBatch(
-        tokens=torch.where(is_fill, 0, gathered(batch.tokens, rows)).long(),
-        positions=positions,
-        targets=of_targets(batch.tokens).long(),
-        mask=mask,
-        sequence=sequence,
-        segment=of_sequence,
-        starts=mask & (positions + 1 == prompts),
-        advantages=torch.where(mask, batch.advantages[sequence.clamp(min=0)], 0.0),
-        rollout_logprobs=of_targets(batch.rollout_logprobs),
-        old_logprobs=None if old_logprobs is None else of_targets(old_logprobs),
-        ref_logprobs=None if ref_logprobs is None else of_targets(ref_logprobs),
-        cu_seqlens=torch.tensor([0, *boundaries], dtype=torch.int64).cumsum(0).to(torch.int32),
-        response_lengths=torch.zeros(len(boundaries), dtype=torch.int64).index_add(0, of_sequence, mask.long()),
-        max_seqlen=max(boundaries),
-        where=where,
-        origin=origin,
-        routes=None if batch.routes is None else _routes(batch.routes, origin),
-    )
+    return _Places(boundaries, segment, positions, origin, mask, mask & (positions + 1 == prompts))
 
 
 def _routes(routes: Tensor, origin: Tensor) -> Tensor:
