@@ -321,7 +321,10 @@ def test_a_killed_server_is_restarted_with_the_newest_weights_and_goes_on_with_w
 
 
 def test_of_requests_that_wait_the_earlier_group_s_is_served_first_though_it_came_last(vllm_engine):
-    """The server runs 256 at once: of 288 some wait, and behind them 8 of a later and then 8 of an earlier group."""
+    """The server runs 256 at once: of 288 some wait, and behind them 8 of a later and then 8 of an earlier group.
+
+    They come while it pauses, so that none of them is served before all are there.
+    """
     url, headers = vllm_engine.servers.servers[0].url, vllm_engine.servers.headers
     ended: list[int] = []
 
@@ -338,10 +341,13 @@ def test_of_requests_that_wait_the_earlier_group_s_is_served_first_though_it_cam
         ) as http:
             # Lengths differ, so that places come free a few at a time.
             tasks = [asyncio.create_task(ask(http, 0, 320 + i % 64)) for i in range(288)]
-            for priority, waiting in ((9, 32), (5, 40)):
-                all_wait = lambda n=waiting: metric(vllm_engine, "num_requests_waiting") >= n  # noqa: E731
-                assert await asyncio.to_thread(wait_until, all_wait)
+            full = lambda: metric(vllm_engine, "num_requests_running") >= 256  # noqa: E731
+            assert await asyncio.to_thread(wait_until, full)
+            assert (await http.post("/pause", params={"mode": "keep"})).status_code == 200
+            for priority in (9, 5):
                 tasks += [asyncio.create_task(ask(http, priority, 1)) for _ in range(8)]
+                await asyncio.sleep(2)
+            assert (await http.post("/resume")).status_code == 200
             await asyncio.gather(*tasks)
 
     asyncio.run(scenario())
