@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -199,6 +200,24 @@ def test_nodes_that_do_not_come_are_counted_with_how_to_start_them_and_who_was_r
     finally:
         agent.kill()
         agent.wait()
+
+
+def test_a_run_that_cannot_be_opened_leaves_neither_its_thread_nor_its_port(nodes, tmp_path):
+    def held() -> tuple[set[int | None], set[int]]:
+        """Threads of this process, and ports it listens on."""
+        connections = psutil.Process().net_connections(kind="tcp")
+        listening = {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}
+        return {thread.ident for thread in threading.enumerate()}, listening
+
+    before = held()
+    refused = pytest.raises(ValueError, match=r"rollout.listen: 127.0.0.1 port \d+ cannot be listened on")
+    with socket.create_server(("127.0.0.1", 0)) as taken, refused:
+        nodes(listen=f"127.0.0.1:{taken.getsockname()[1]}")
+    assert held() == before
+    (tmp_path / "run").write_text("a file where the run's folder should be")
+    with pytest.raises(FileExistsError):
+        nodes()  # fails once the port is open
+    assert held() == before
 
 
 def test_where_rank_0_is_found_follows_where_it_listens(monkeypatch):

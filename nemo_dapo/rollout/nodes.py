@@ -126,16 +126,24 @@ class ServingNodes:
             names=names,
             changed=self._note,
         )
-        host, port = split_address(config.listen)
         self.spans_hosts = any(name != node_name() for name in names) or config.placement is Placement.dedicated
+        self.addresses: list[str] = []
+        self.keeper: AgentKeeper | None = None
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        """Listen, and say where; raises ValueError for an address that cannot be had, OSError for a folder or a disk."""
+        host, port = split_address(self.config.listen)
         self._run(self.hub.open(host or ("" if self.spans_hosts else LOOPBACK), port))
         self.addresses = [f"{name}:{self.hub.port}" for name in reachable_as(host, self.spans_hosts)]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_run_file(run_dir, self.addresses, self.token)
-        agent_log = self.log_dir(node_name()) / AGENT_LOG
-        self.keeper: AgentKeeper | None = None
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_run_file(self.run_dir, self.addresses, self.token)
         if self.is_local:
-            self.keeper = AgentKeeper(self.door, agent_log)
+            self.keeper = AgentKeeper(self.door, self.log_dir(node_name()) / AGENT_LOG)
 
     @property
     def door(self) -> Door:
