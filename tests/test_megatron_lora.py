@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.child import run_module
 from tests.lora_scenarios import ALPHA, MODELS, RANK, SCENARIOS
 from tests.parallel_matrix import distance
 
-ROOT = Path(__file__).parents[1]
 SCALE = ALPHA / RANK
 HEADS, GROUPS, HEAD = 4, 2, 16  # of tests.tiny's models
 TOLERANCE = 1e-5  # relative, of all changes together, in float32; an unsummed gradient is at 1e-1
@@ -24,15 +20,7 @@ TOLERANCE = 1e-5  # relative, of all changes together, in float32; an unsummed g
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("lora")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.lora_scenarios", str(folder)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_module("lora_scenarios", folder)
     return {name: found for ranks in SCENARIOS for name, found in torch.load(folder / f"world{ranks}.pt").items()}
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.child import run_module
 from tests.moe_scenarios import LAYOUTS, MODEL
 from tests.parallel_matrix import distance
 from tests.policy_scenarios import make_train_batch
 
-ROOT = Path(__file__).parents[1]
 EXPERTS, TOP_K = 4, 2
 EVERY = [name for layouts in LAYOUTS.values() for name in layouts]
 
@@ -25,15 +22,7 @@ EVERY = [name for layouts in LAYOUTS.values() for name in layouts]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("moe")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.moe_scenarios", str(folder)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_module("moe_scenarios", folder)
     return folder
 
 
