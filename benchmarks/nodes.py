@@ -3,8 +3,9 @@
     python benchmarks/nodes.py [--only colocated:2 dedicated:3 …] [--no-faults]
 
 Each layout trains a tiny model for 6 steps with a real vLLM server on each serving host. After each sync, every server's
-greedy answer is scored with the policy's own weights. What was sampled is then played back on one host. Then hosts, agents
-and servers are killed, stopped and cut off (node_faults.py). The last line is JSON. Needs root; installs Debian's Slurm.
+greedy answer is scored with the policy's own weights, and the bytes of all servers' parameters are compared. What was
+sampled is then played back on one host. Then hosts, agents and servers are killed, stopped and cut off (node_faults.py).
+The last line is JSON. Needs root; installs Debian's Slurm.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ from tests.tiny import save_tiny_model  # noqa: E402
 
 STEPS = 6
 LAYOUTS = (Layout(training=2), Layout(training=3), Layout(training=1, ranks=2, serving=2))
+DIGESTS = "rollout.vllm.worker_extension_cls=benchmarks.digest_worker.Digest"
 PATIENCE = 900.0  # seconds for one job, on two busy cores
 
 
 @dataclass
 class Findings:
-    """Of one layout. `equal`: the same weights, bit for bit, when its rollouts are played back on one host."""
+    """Of one layout. `alike`: after each sync all servers have the same bytes for parameters, others than before it;
+    `equal`: the same weights, bit for bit, when its rollouts are played back on one host."""
 
     layout: str
     hosts: int
@@ -48,6 +51,7 @@ class Findings:
     lost: int
     doubled: int
     orphans: int
+    alike: bool
     equal: bool
 
 
@@ -56,7 +60,7 @@ def look(layout: Layout, folder: Path) -> Findings:
     save_tiny_model(folder / "model", hidden=128, heads=4)
     with Cluster(layout.hosts) as cluster:
         started = time.monotonic()
-        job = submit(cluster, layout, folder, *options(folder, steps=STEPS))
+        job = submit(cluster, layout, folder, *options(folder, steps=STEPS), DIGESTS)
         if (state := job.wait(PATIENCE)) != "COMPLETED":
             raise SystemExit(f"{layout}: the job is {state}:\n{job.console[-6000:]}")
         seconds = time.monotonic() - started
@@ -65,7 +69,15 @@ def look(layout: Layout, folder: Path) -> Findings:
     gaps = [gap for step in range(STEPS + 1) for gap in server_gaps(folder, step).values()]
     lost, doubled = counted(folder / "run" / "rollouts", STEPS, GROUPS * SAMPLES)
     servers = len(server_gaps(folder, STEPS))
-    return Findings(str(layout), layout.hosts, seconds, max(gaps), servers, lost, doubled, orphans, equal)
+    alike = same_bytes(folder)
+    return Findings(str(layout), layout.hosts, seconds, max(gaps), servers, lost, doubled, orphans, alike, equal)
+
+
+def same_bytes(folder: Path) -> bool:
+    """Whether all servers' parameters were one set of bytes after each sync, and never those of the sync before."""
+    answers = [json.loads((folder / "syncs" / f"{step}.json").read_text()) for step in range(STEPS + 1)]
+    digests = [{tuple(answer["digests"]) for answer in of_servers.values()} for of_servers in answers]
+    return all(len(each) == 1 for each in digests) and len(set.union(*digests)) == len(digests)
 
 
 def server_gaps(folder: Path, step: int) -> dict[str, float]:
@@ -129,6 +141,8 @@ def main() -> None:
         "hosts": max(one.hosts for one in found),
         "steps": STEPS,
         "worst_gap": max(one.worst_gap for one in found),
+        "alike": all(one.alike for one in found),
+        "equal": all(one.equal for one in found),
         "lost": sum(one.lost for one in found) + lost,
         "doubled": sum(one.doubled for one in found) + doubled,
         "orphans": sum(one.orphans for one in found) + sum(one.orphans for one in outcomes),

@@ -1,7 +1,8 @@
 """The job of node_jobs.py: examples/train_dapo.py itself, looked at after each sync, held up where asked.
 
 $NODES_FOLDER/syncs/N.safetensors   the policy's weights of step N
-$NODES_FOLDER/syncs/N.json          what each server answers greedily with them: ids and log-probabilities, by its index
+$NODES_FOLDER/syncs/N.json          of each server, by its index, ids and log-probabilities of a greedy answer with them,
+                                    and the digest of its parameters (digest_worker.py)
 $NODES_FOLDER/cue                   `rollout`, `sync` or `update`: the next such phase moves it to `in_<phase>`, and is long
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 
 import aiohttp
 from safetensors.torch import save_file
+from torch import Tensor
 
 from nemo_dapo.phase import Phase
 from nemo_dapo.rollout import client
@@ -48,7 +50,10 @@ async def greedy(url: str, headers: dict[str, str]) -> dict[str, Any]:
     async with client.session(headers) as http:
         expected = Expected("greedy", GREEDY.max_tokens, frozenset([1]))
         await client.sample(http, client.Server(url), body, expected, received.add)
-    return {"ids": received.token_ids.tolist(), "logprobs": received.logprobs.tolist()}
+        async with http.post(f"{url}/collective_rpc", json={"method": "parameter_digest"}) as reply:
+            reply.raise_for_status()
+            digests = (await reply.json())["results"]
+    return {"ids": received.token_ids.tolist(), "logprobs": received.logprobs.tolist(), "digests": digests}
 
 
 def ask_all(engine: Any) -> dict[int, dict[str, Any]]:
@@ -65,13 +70,13 @@ def look_after_each_sync() -> None:
 
     def watched(self: DAPOTrainer) -> None:
         policy: Any = self.policy
-        if cued("sync"):
-            policy.export_weights = functools.partial(drawn_out, policy.export_weights)
+        weights: dict[str, Tensor] = {}
+        seconds = TENSOR_SECONDS if cued("sync") else 0.0
+        policy.export_weights = functools.partial(exported, policy.export_weights, weights, seconds)
         sync(self)
-        vars(policy).pop("export_weights", None)
+        del policy.export_weights
         if (FOLDER / "faults").exists():
             return
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.policy.export_weights()}
         if self.controller is not None and hasattr(self.controller.engine, "servers"):
             place = FOLDER / "syncs" / str(self.progress.rollout_steps)
             place.parent.mkdir(exist_ok=True)
@@ -103,11 +108,14 @@ def hold_up_where_asked() -> None:
     Phase.enter = held  # type: ignore[method-assign]
 
 
-def drawn_out(export: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    """Weights that travel for ten seconds."""
-    for pair in export():
-        time.sleep(TENSOR_SECONDS)
-        yield pair
+def exported(
+    export: Callable[[], Iterator[tuple[str, Tensor]]], copies: dict[str, Tensor], seconds: float
+) -> Iterator[tuple[str, Tensor]]:
+    """What is exported, copied on its way; each tensor takes `seconds` longer."""
+    for name, tensor in export():
+        time.sleep(seconds)
+        copies[name] = tensor.detach().cpu().clone().contiguous()
+        yield name, tensor
 
 
 if __name__ == "__main__":

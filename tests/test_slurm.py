@@ -103,6 +103,19 @@ class TestNodeCheck:
         assert "importing" not in console
 
 
+class TestFailure:
+    pytestmark = needs_slurm
+
+    def test_a_rank_that_fails_before_a_checkpoint_ends_the_job(self, cluster: Cluster, tmp_path: Path) -> None:
+        """srun then ends the other node's ranks by the signal by which Slurm asks for a checkpoint."""
+        script = tmp_path / "job.py"
+        script.write_text("import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(3)\ntime.sleep(600)\n")
+        job = submit(cluster, tmp_path, SCRIPT=str(script))
+        assert job.wait(PATIENCE) == "FAILED", job.console
+        assert job.restarts == 0
+        assert (tmp_path / "run" / ".failed").read_text() == "host2\n"
+
+
 @dataclass
 class Preempted:
     """A job that was sent back twice, and the run whose rollouts it played back, which nobody disturbed."""

@@ -27,16 +27,18 @@ check_nodes() {
         echo "the nodes named above cannot run this job: mend them, or leave them out by sbatch --exclude=NODE" >&2
         exit 1
     }
-    rm -f "$run_dir/.asked_to_stop" "$run_dir/rollout.json" # an earlier run's, which agents would look for
+    rm -f "$run_dir"/.{asked_to_stop,failed} "$run_dir/rollout.json" # an earlier run's, which agents would look for
     checkpoint_before=$(newest_checkpoint)
 }
 
 # Ends the job with the trainer's exit status, or sends it back to the queue where starting it again will get it further:
-# when it was asked to stop, and when it failed after a new checkpoint.
+# when it was asked to stop before any rank failed, and when it failed after a new checkpoint.
 end_or_requeue() {
     local status=$1
     echo "exit status $status, newest checkpoint $(newest_checkpoint)"
-    if [[ $status != 0 && (-e $run_dir/.asked_to_stop || $(newest_checkpoint) != "$checkpoint_before") ]]; then
+    local asked=no
+    [[ ! -e $run_dir/.asked_to_stop || -e $run_dir/.failed ]] || asked=yes
+    if [[ $status != 0 && ($asked == yes || $(newest_checkpoint) != "$checkpoint_before") ]]; then
         echo "back to the queue, where it was ${SLURM_RESTART_COUNT:-0} times before"
         scontrol requeue "$SLURM_JOB_ID"
         status=0

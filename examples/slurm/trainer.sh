@@ -22,6 +22,7 @@ launcher=$!
 # shellcheck disable=SC2329  # the trap calls it
 ask_to_save() {
     trap "" TERM
+    asked=yes
     touch "$RUN_DIR/.asked_to_stop"
     read -ra ranks < "/proc/$launcher/task/$launcher/children"
     ((${#ranks[@]} == 0)) || kill -USR1 "${ranks[@]}"
@@ -31,4 +32,6 @@ while kill -0 "$launcher" 2> /dev/null; do
     wait "$launcher"
     status=$?
 done
+# srun ends the other nodes' ranks by the same signal: only where none had failed before was the job asked to stop.
+[[ $status == 0 || -n ${asked:-} ]] || echo "$SLURMD_NODENAME" >> "$RUN_DIR/.failed"
 exit "$status"
