@@ -127,9 +127,10 @@ def test_a_port_in_use_is_an_error_that_names_it(tmp_path):
             servers_on(tmp_path, "exit 0", port=port)
 
 
-def test_free_ports_are_different_and_can_be_used_at_once():
+def test_free_ports_are_different_can_be_used_at_once_and_are_none_that_a_connection_may_be_given_meanwhile():
     ports = choose_ports("127.0.0.1", 0, 4)
     assert len(set(ports)) == 4
+    assert max(ports) < int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for port in ports:
         socket.create_server(("127.0.0.1", port)).close()
 

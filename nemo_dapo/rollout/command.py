@@ -13,7 +13,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ RESERVED = {
 # vLLM on a CPU takes 92 % of the machine's memory for its cache by default, and compiles for minutes.
 CPU_ENGINE_OPTIONS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# A server binds its port later: the kernel takes those from 32768 on for outgoing connections, vLLM those from 20000 on for
+# its own (environment.py).
+FREE_PORTS, TRIES = range(10000, 20000), 100
 DTYPES = {Precision.bf16: "bfloat16", Precision.fp32: "float32"}
 
 
@@ -102,25 +105,37 @@ def choose_key(config: RolloutConfig) -> str:
 
 def choose_ports(host: str, first: int, count: int) -> list[int]:
     """`first`, `first + 1`, …, or free ports where `first` is 0; raises ValueError where one is in use."""
-    sockets: list[socket.socket] = []
+    listeners: list[socket.socket] = []
     try:
         for index in range(count):
-            listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-            sockets.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            port = first + index if first else 0
+            wanted = [first + index] if first else secrets.SystemRandom().sample(FREE_PORTS, TRIES)
             try:
-                listener.bind((host, port))
-                listener.listen(1)  # with SO_REUSEADDR only listening shows that another one listens
+                listeners.append(listener_at(host, wanted))
             except OSError as problem:
                 raise ValueError(
-                    f"port {port} on {host} cannot be used for vLLM server {index} ({problem.strerror}); free it, or "
-                    f"set rollout.port to {count} free ports in a row, or to 0 for any free ones"
+                    f"port {wanted[-1]} on {host} cannot be used for vLLM server {index} ({problem.strerror}); free it, "
+                    f"or set rollout.port to {count} free ports in a row, or to 0 for any free ones"
                 ) from problem
-        return [listener.getsockname()[1] for listener in sockets]
+        return [listener.getsockname()[1] for listener in listeners]
     finally:
-        for listener in sockets:
+        for listener in listeners:
             listener.close()
+
+
+def listener_at(host: str, ports: Sequence[int]) -> socket.socket:
+    """A socket that listens at the first of `ports` that is free; raises OSError where none is."""
+    for port in ports:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(1)  # with SO_REUSEADDR only listening shows that another one listens
+            return listener
+        except OSError:
+            listener.close()
+            if port == ports[-1]:
+                raise
+    raise AssertionError("no port was named")
 
 
 def connect_host(host: str, address: str = "") -> str:
