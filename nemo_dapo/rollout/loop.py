@@ -27,11 +27,14 @@ class LoopThread:
         self._lock = threading.Lock()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run `work` in the loop; cancelling the future cancels it."""
+        """Run `work` in the loop; cancelling the future cancels it. Raises RuntimeError after `close`."""
         with self._lock:
+            if self.loop.is_closed():
+                work.close()
+                raise RuntimeError(f"the loop of {self._thread.name} has ended")
             if not self._thread.is_alive():
                 self._thread.start()
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
+            return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def close(self) -> None:
         """Cancel what runs, wait until it has ended, stop; safe to call twice."""
@@ -39,7 +42,7 @@ class LoopThread:
             self.submit(_cancel_others()).result(2 * END_SECONDS)
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join()
-        if not self.loop.is_closed():
+        with self._lock:
             self.loop.close()
 
 
