@@ -10,6 +10,8 @@ import sys
 import urllib.parse
 from pathlib import Path
 
+from nemo_dapo.rollout.weights import verify
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """#!/bin/sh
 export PYTHONPATH={root}
@@ -27,6 +29,15 @@ def interpreter(path: Path, probe: str = "") -> str:
     return str(path)
 
 
+def damage(version: int, folder: str, digest: str) -> str:
+    """What is wrong with the weights in `folder`; '' where they are right."""
+    try:
+        verify.require_whole(Path(folder), version, digest)
+        return ""
+    except (ValueError, RuntimeError) as problem:
+        return str(problem)
+
+
 def main() -> None:
     from nemo_dapo.rollout.challenge import NONCE_PARAMETER, proof
     from tests.stand_in_server import Handler, StandIn, frames, say
@@ -41,6 +52,10 @@ def main() -> None:
             if where.path == "/health":
                 nonce = urllib.parse.parse_qs(where.query)[NONCE_PARAMETER][0]
                 say(handler, proof(os.environ["VLLM_API_KEY"], nonce, self.server_address[1]))
+            elif where.path == verify.ROUTE and (wrong := damage(**handler.body)):
+                say(handler, wrong.encode(), 422)
+            elif where.path == "/update_weights" and damage(**handler.body["update_info"]):
+                say(handler, b"", 500)
             else:
                 super().control(handler)
 

@@ -28,6 +28,7 @@ from nemo_dapo.rollout.fleet import MAX_RESTARTS, Fleet
 from nemo_dapo.rollout.progress import Progress
 from nemo_dapo.rollout.received import Received
 from nemo_dapo.rollout.requests import MAX_LATE, MAX_LOST, MAX_TRIES
+from nemo_dapo.rollout.weights import verify
 from nemo_dapo.rollout.weights.ledger import Ledger
 from nemo_dapo.rollout.weights.plan import Sent
 from nemo_dapo.rollout.weights.send import Sender
@@ -642,6 +643,44 @@ def test_weights_that_even_a_fresh_server_refuses_end_the_run_after_one_restart(
     with pytest.raises(RuntimeError, match=r"server 0 .*a fresh server refuses the weights: .*size mismatch of w"):
         engine_over(servers).update_weights(WEIGHTS, 5)
     assert servers.restarts == [0]
+
+
+def test_damaged_weights_are_found_before_a_server_pauses(start, engine_over):
+    server = start()
+    server.sick_calls[verify.ROUTE] = [stand.answer(b"parameter w has other bytes than were sent", 422)]
+    engine = engine_over(StandInServers(server.url))
+    expected = r"no serving node received the weights of version 5: here: parameter w has other bytes than were sent"
+    with pytest.raises(RuntimeError, match=expected):
+        engine.update_weights(WEIGHTS, 5)
+    assert server.calls == [verify.ROUTE]
+    assert (engine.version, engine.restarts) == (0, 0)
+
+
+def test_weights_that_change_between_the_look_and_the_load_are_not_loaded_again_and_the_next_ones_are(
+    start, engine_over, caplog
+):
+    first, last = start(current), start(current)
+    damaged = stand.answer(b"parameter w has other bytes than were sent", 422)
+    first.sick_calls = {verify.ROUTE: [stand.answer(b""), damaged], "/update_weights": [stand.answer(b"", 500)]}
+    engine = engine_over(StandInServers(first.url, last.url))
+    engine.update_weights(WEIGHTS, 5)
+    assert [engine.upkeep.fleet.state(member) for member in engine.upkeep.fleet.members] == ["stale", "serving"]
+    assert first.calls.count("/update_weights") == 1
+    assert "serves again after the next weight update: parameter w has other bytes than were sent" in caplog.text
+    assert {span.version for (one,) in generate(engine, groups=4) for span in one.versions} == {5}
+    engine.update_weights(WEIGHTS, 6)
+    assert {span.version for (one,) in generate(engine, groups=4) for span in one.versions} == {6}
+    assert (first.version, last.version, engine.restarts) == ("6", "6", 1)
+
+
+def test_a_server_that_cannot_look_is_restarted_and_one_of_an_older_plugin_loads_without(start, engine_over):
+    for answer, restarts in ((stand.answer(b"", 404), []), (stand.answer(b"", 500), [0])):
+        server = start()
+        server.sick_calls[verify.ROUTE] = [answer]
+        servers = StandInServers(server.url)
+        engine = engine_over(servers)
+        engine.update_weights(WEIGHTS, 5)
+        assert (server.version, servers.restarts) == ("5", restarts)
 
 
 def test_servers_lose_their_weights_in_sleep_and_resume_only_with_new_ones_and_their_cache(start, engine_over):

@@ -1,6 +1,7 @@
 """The servers of a run kept serving the newest weights: agreed with, watched, updated, put to sleep, started anew.
 
-    update   the ranks send -> every server pauses -> the version that answers are checked against -> load, resume
+    update   the ranks send -> one server a node looks at what came -> every server pauses -> the version that answers
+             are checked against -> load, resume
 
 An answer's tokens are of the weights that the server names for them, and must not be older than the newest when the request
 was sent. So nothing may generate under the old ones once a request can expect the new.
@@ -13,7 +14,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.nodes import ServingNodes
 from nemo_dapo.rollout.servers import ServersClosedError
 from nemo_dapo.rollout.weights import push
-from nemo_dapo.rollout.weights.ledger import Ledger, NoWeightsError
+from nemo_dapo.rollout.weights.ledger import DamagedWeightsError, Ledger, NoWeightsError
 from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
 from nemo_dapo.rollout.weights.push import Held
 from nemo_dapo.tasks import all_or_none
@@ -111,7 +112,7 @@ class Upkeep:
     def finish_update(self, everyone: Sequence[Sent]) -> None:
         """As `VLLMEngine.finish_update`."""
         try:
-            with self.ledger.finish(everyone) as version:
+            with self.ledger.finish(everyone, self._damage) as version:
                 # A restart that is under way waits for the ledger and ends with these weights: nobody waits for it.
                 began = time.monotonic()
                 members = [m for m in self.fleet.members if not m.is_down or self._comes_back(m.index)]
@@ -122,6 +123,27 @@ class Upkeep:
             self.pause_seconds += time.monotonic() - began
         finally:
             self.paused.remove(UPDATE)
+
+    def _damage(self, held: Mapping[str, Held]) -> dict[str, str]:
+        """By node, what is wrong with the weights that it holds; servers generate meanwhile."""
+        found = self._run(all_or_none([self._look_at(node, its) for node, its in held.items()]))
+        return {node: wrong for node, wrong in zip(held, found, strict=True) if wrong}
+
+    async def _look_at(self, node: str, held: Held) -> str:
+        """What a server of the node finds wrong with its weights; '' where they are right, or none is there to look."""
+        there = (m for m in self.fleet.members if self.node_of(m.index) == node and self.servers.alive(m.index))
+        well = (m for m in there if not (m.is_down or m.given_up or m.index in self._unwell))
+        if (member := next(well, None)) is None:
+            return ""
+        life, found = member.life, ""
+
+        async def look(http: httpx.AsyncClient, deadline: float) -> None:
+            nonlocal found
+            found = await push.damage(http, held, deadline)
+
+        if fault := await self._fault_of(member, "look at the weights", look):
+            self._unwell[member.index] = life, fault
+        return found
 
     async def _hold(self, member: Member) -> tuple[Life, str | None]:
         """Let a server generate nothing more; its life, and what it failed at now or when it fell asleep or woke up."""
@@ -322,6 +344,8 @@ class Upkeep:
         await push.set_version(http, INITIAL_VERSION, deadline)
         has_frames = (await control.ask(http, "POST", wire.ROUTE, deadline, json={})).status == 400
         if held:
+            if wrong := await push.damage(http, held, deadline):
+                raise DamagedWeightsError(wrong)
             try:
                 await push.push_weights(http, held, deadline)
             except RuntimeError as refused:

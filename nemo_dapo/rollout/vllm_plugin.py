@@ -6,15 +6,19 @@ imports this module, which needs vLLM.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from nemo_dapo.rollout import vllm_route, vllm_weights, wire
 from nemo_dapo.rollout.challenge import NONCE_PARAMETER, proof
+from nemo_dapo.rollout.weights import verify
 
 OPEN_PATHS = ("/health", "/ping", "/metrics")
 
@@ -23,7 +27,7 @@ class RequireKey:
     """ASGI middleware: every route but health and metrics needs `Authorization: Bearer $VLLM_API_KEY`.
 
     vLLM's own check covers /v1 and /inference alone, while the development routes can replace the weights. It also serves
-    our own route, and answers a challenge at /health, by which the trainer knows its server.
+    our own routes, and answers a challenge at /health, by which the trainer knows its server.
     """
 
     def __init__(self, app: Any) -> None:
@@ -40,10 +44,23 @@ class RequireKey:
             await PlainTextResponse("Unauthorized", status_code=401)(scope, receive, send)
         elif scope["path"] == wire.ROUTE:
             await vllm_route.generate(scope, receive, send)
+        elif scope["path"] == verify.ROUTE:
+            await verify_weights(scope, receive, send)
         elif scope["path"] == "/health" and (nonce := parse_qs(scope["query_string"].decode()).get(NONCE_PARAMETER)):
             await self.app(scope, receive, with_body(send, proof(self.key, nonce[0], scope["server"][1])))
         else:
             await self.app(scope, receive, send)
+
+
+async def verify_weights(scope: Any, receive: Any, send: Any) -> None:
+    """ASGI application: 422, with the reason, unless the node's folder holds what the body (a push.Held) names."""
+    held = await Request(scope, receive).json()
+    try:
+        await asyncio.to_thread(verify.require_whole, Path(held["folder"]), held["version"], held["digest"])
+        response = PlainTextResponse("")
+    except (ValueError, RuntimeError) as wrong:
+        response = PlainTextResponse(str(wrong), status_code=422)
+    await response(scope, receive, send)
 
 
 def with_body(send: Any, body: bytes) -> Any:

@@ -18,6 +18,15 @@ class NoWeightsError(RuntimeError):
     """A node holds no whole version that a server of it could load."""
 
 
+class DamagedWeightsError(NoWeightsError):
+    """What lies in a node's folder is not what was sent."""
+
+
+def take_all(held: Mapping[str, Held]) -> Mapping[str, str]:
+    """By node, what is wrong with what it holds: nobody has looked."""
+    return {}
+
+
 class Ledger:
     """`places()` are those of the nodes that serve now; `dtype` is the run's precision by torch's name."""
 
@@ -40,18 +49,25 @@ class Ledger:
             return self._plan
 
     @contextlib.contextmanager
-    def finish(self, everyone: Sequence[Sent]) -> Iterator[int]:
+    def finish(
+        self, everyone: Sequence[Sent], look: Callable[[Mapping[str, Held]], Mapping[str, str]] = take_all
+    ) -> Iterator[int]:
         """Note what came of the update: its version, which servers may load from the end of this context on.
 
-        Raises ValueError where the export was not the served model, RuntimeError where no node has the weights or two nodes
-        have other ones; then no server loads anything any more.
+        `look` says, by node, what is wrong with what arrived there. Raises ValueError where the export was not the served
+        model, RuntimeError where no node has the weights or two nodes have other ones; then no server loads anything any
+        more.
         """
         assert self._plan is not None
         try:
             require_accepted(everyone)
             held = arrived(self._plan, everyone)
-            for outcome in (one for sent in everyone for one in sent.outcomes if one.fault):
-                log.error("weights %d did not get to node %s: %s", self._plan.version, outcome.node, outcome.fault)
+            faults = {one.node: one.fault for sent in everyone for one in sent.outcomes if one.fault}
+            faults |= look(held)
+            for node, fault in faults.items():
+                log.error("weights %d did not get to node %s: %s", self._plan.version, node, fault)
+            if held and not (held := {node: one for node, one in held.items() if node not in faults}):
+                raise nobody_has(self._plan.version, faults)
             yield self._plan.version
             self._held = held
         finally:
@@ -61,7 +77,8 @@ class Ledger:
     def loading(self, node: str) -> Iterator[Held | None]:
         """What a server of `node` is to load, which stays as it is meanwhile; None for the model's own folder.
 
-        Raises NoWeightsError where the node does not have the newest weights.
+        Raises NoWeightsError where the node does not have the newest weights. A DamagedWeightsError in this context is the
+        end of what the node has.
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._is_updating)
@@ -72,6 +89,10 @@ class Ledger:
             self._loading += 1
         try:
             yield held
+        except DamagedWeightsError:
+            with self._changed:
+                self._held = {name: one for name, one in (self._held or {}).items() if name != node}
+            raise
         finally:
             with self._changed:
                 self._loading -= 1
@@ -98,11 +119,15 @@ def arrived(plan: UpdatePlan, everyone: Sequence[Sent]) -> dict[str, Held]:
     outcomes = [one for sent in everyone for one in sent.outcomes]
     whole = {one.node: one.digest for one in outcomes if not one.fault}
     if folders and not whole:
-        faults = "; ".join(f"{one.node}: {one.fault}" for one in outcomes)
-        raise RuntimeError(f"no serving node received the weights of version {plan.version}: {faults}")
+        raise nobody_has(plan.version, {one.node: one.fault for one in outcomes})
     if len(set(whole.values())) > 1:
         raise RuntimeError(
             f"ranks of the trainer hold different weights: nodes received {whole}; the replicas have drifted apart, resume "
             "from the last checkpoint"
         )
     return {node: Held(plan.version, folders[node], digest) for node, digest in whole.items()}
+
+
+def nobody_has(version: int, faults: Mapping[str, str]) -> RuntimeError:
+    said = "; ".join(f"{node}: {fault}" for node, fault in faults.items())
+    return RuntimeError(f"no serving node received the weights of version {version}: {said}")

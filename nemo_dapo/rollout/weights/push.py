@@ -1,6 +1,6 @@
 """Rank 0's calls by which a server takes the weights that lie in its node's folder.
 
-pause -> load, checked -> set the version and read it back -> resume
+look at the bytes -> pause -> load, checked again -> set the version and read it back -> resume
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 
 import httpx
 
-from nemo_dapo.rollout.control import Reply, call
+from nemo_dapo.rollout.control import Reply, ask, call
+from nemo_dapo.rollout.weights import verify
 from nemo_dapo.telemetry.escape import printable
 
 
@@ -21,6 +22,20 @@ class Held:
     version: int
     folder: str
     digest: str
+
+
+async def damage(http: httpx.AsyncClient, held: Held, deadline: float) -> str:
+    """What a server, asked before it is paused, finds wrong with the weights of its node; '' where they are as sent.
+
+    Also '' from a server that cannot say, whose plugin is older: it finds out when it loads them, and must be restarted.
+    Raises RuntimeError for an answer that is none.
+    """
+    reply = await ask(http, "POST", verify.ROUTE, deadline, json=asdict(held))
+    if reply.status not in (200, 404, 422):
+        raise RuntimeError(
+            f"{verify.ROUTE} of {http.base_url} failed: HTTP {reply.status} {printable(reply.text, 500)}"
+        )
+    return printable(reply.text, 500) if reply.status == 422 else ""
 
 
 async def push_weights(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from nemo_dapo.rollout.weights.pack import tensor_checksum
-from nemo_dapo.rollout.weights.store import DATA, read_table, remedy
+from nemo_dapo.rollout.weights.store import DATA, read_announced, read_table, require_there
 from nemo_dapo.rollout.weights.table import Entry
+from nemo_dapo.rollout.weights.verify import require_sent
 
 
 def read_weights(folder: Path, version: int, digest: str) -> Iterator[tuple[str, Tensor]]:
@@ -20,29 +21,22 @@ def read_weights(folder: Path, version: int, digest: str) -> Iterator[tuple[str,
     Raises ValueError, which names it, for a tensor that is cut off or not as it was sent, and for a version or table that
     was not announced; RuntimeError where the folder holds none.
     """
-    table = read_table(folder, digest)
-    if table.version != version:
-        raise ValueError(f"{folder} holds weights of version {table.version}, announced was {version}")
+    table = read_announced(folder, version, digest)
+    require_there(table, folder)
     data = mapped(folder / DATA)
     for entry in table.entries:
-        if entry.offset + entry.nbytes > len(data):
-            raise ValueError(f"parameter {entry.name} is cut off: {folder / DATA} ends at byte {len(data)}")
         yield entry.name, checked(entry, data[entry.offset : entry.offset + entry.nbytes])
 
 
 def mapped(path: Path) -> Tensor:
     """The bytes of a file in place: [n] uint8. Private: what a model does to them does not reach others who read it."""
-    try:
-        with path.open("rb") as file:
-            return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
-    except FileNotFoundError:
-        raise RuntimeError(f"{path} is not there: {remedy(path.parent)}") from None
+    with path.open("rb") as file:
+        return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
 
 
 def checked(entry: Entry, data: Tensor) -> Tensor:
     """The tensor in the bytes `data` [n]; raises ValueError where they are not those that were sent."""
-    if tensor_checksum(data) != entry.checksum:
-        raise ValueError(f"parameter {entry.name} has other bytes than were sent: its checksum differs")
+    require_sent(entry, tensor_checksum(data))
     return data.view(getattr(torch, entry.dtype)).view(entry.shape)
 
 

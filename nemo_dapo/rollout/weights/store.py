@@ -135,6 +135,25 @@ def read_table(folder: Path, digest: str = "") -> Table:
         raise RuntimeError(f"{folder / TABLE} is not there: {remedy(folder)}") from None
 
 
+def read_announced(folder: Path, version: int, digest: str) -> Table:
+    """As `read_table`; raises ValueError for a version that was not announced, too."""
+    table = read_table(folder, digest)
+    if table.version != version:
+        raise ValueError(f"{folder} holds weights of version {table.version}, announced was {version}")
+    return table
+
+
+def require_there(table: Table, folder: Path) -> None:
+    """Raise ValueError, which names the first such tensor, unless the bytes of `folder` reach to the end of each one."""
+    try:
+        size = (folder / DATA).stat().st_size
+    except FileNotFoundError:
+        raise RuntimeError(f"{folder / DATA} is not there: {remedy(folder)}") from None
+    for entry in table.entries:
+        if entry.offset + entry.nbytes > size:
+            raise ValueError(f"parameter {entry.name} is cut off: {folder / DATA} ends at byte {size}")
+
+
 def sees(folder: Path, nonce: str) -> bool:
     """Whether this process sees the very folder, not one of the same name on another host."""
     try:
