@@ -17,10 +17,12 @@ import psutil
 from nemo_dapo.config import Precision, RolloutConfig
 from nemo_dapo.hf_folder import fingerprint
 from nemo_dapo.rollout.agreement import Terms
-from nemo_dapo.rollout.hub import TOKEN_VARIABLE, Hub, Node, write_run_file
+from nemo_dapo.rollout.hub import Hub, Node
 from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.messages import Plan, options_said
 from nemo_dapo.rollout.nodes import ServingNodes, Weights
+from nemo_dapo.rollout.run_file import TOKEN_VARIABLE, Door, write_run_file
+from nemo_dapo.rollout.weights.store import WeightStore
 from tests.stand_in_vllm import ROOT, interpreter
 
 TOKEN = "t0ken"
@@ -36,7 +38,7 @@ def model_folder(folder: Path, weights: bytes = b"weights") -> Path:
 
 
 class Nodes:
-    """A hub with `slots` places and the agents that a test starts; all are ended with it."""
+    """A hub with `slots` places and the agents, or their keepers, that a test starts; all are ended with it."""
 
     def __init__(
         self, folder: Path, slots: int = 1, *, servers: int = 1, lease: float = LEASE, probe: str = ""
@@ -46,12 +48,22 @@ class Nodes:
             python=interpreter(folder / "interpreter", probe), num_servers=servers, lease_seconds=lease
         )
         self.agents: list[subprocess.Popen[str]] = []
+        self.store = WeightStore(8, "here")  # of the agents that have no keeper
         self.loop = LoopThread("hub")
+        self.open(slots, TOKEN)
+
+    def open(self, slots: int, token: str) -> None:
         terms = Terms(str(self.model), fingerprint(self.model))
-        self.hub = Hub(terms, slots, self.plan, token=TOKEN, lease=lease)
+        self.hub = Hub(terms, slots, self.plan, token=token, lease=self.rollout.lease_seconds)
         self.do(self.hub.open("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self.hub.port}"
-        self.run_file = write_run_file(folder, [self.address], TOKEN)
+        door = Door([self.address], token, self.rollout.lease_seconds, 8)
+        self.run_file = write_run_file(self.folder, door)
+
+    def kill_hub(self) -> None:
+        """As the death of rank 0 does: the connections break, and nobody is told to stop."""
+        assert self.hub._runner is not None
+        self.do(self.hub._runner.cleanup())
 
     def plan(self, slot: int, node: str) -> Plan:
         servers = self.rollout.num_servers
@@ -75,9 +87,13 @@ class Nodes:
     def do(self, work: Any, seconds: float = 60.0) -> Any:
         return self.loop.submit(work).result(seconds)
 
-    def agent(self, name: str, address: str = "", token: str = TOKEN, *options: str) -> subprocess.Popen[str]:
-        where = options or ("--controller", address or self.address)
-        self.agents.append(start_agent(name, *where, token=token))
+    def agent(self, name: str, address: str = "", token: str = TOKEN) -> subprocess.Popen[str]:
+        where = ["--controller", address or self.address, "--folder", str(self.store.folder)]
+        self.agents.append(started(name, "agent", *where, token=token))
+        return self.agents[-1]
+
+    def keeper(self, name: str, *options: str) -> subprocess.Popen[str]:
+        self.agents.append(start_keeper(name, self.run_file, *options))
         return self.agents[-1]
 
     def ready(self, slot: int = 0, seconds: float = 60.0) -> Node:
@@ -92,18 +108,31 @@ class Nodes:
         for agent in self.agents:
             agent.kill()
             agent.wait()
+        self.store.close()
 
 
-def start_agent(name: str, *options: str, token: str = "") -> subprocess.Popen[str]:
-    """An agent that believes its host to be called `name`."""
+def start_keeper(name: str, run_file: Path, *options: str) -> subprocess.Popen[str]:
+    """What a user starts on a node that only serves; it believes its host to be called `name`."""
+    return started(name, "keeper", "--run-file", str(run_file), *options)
+
+
+def started(name: str, module: str, *options: str, token: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "nemo_dapo.rollout.agent", *options],
+        [sys.executable, "-m", f"nemo_dapo.rollout.{module}", *options],
         cwd=ROOT,
         env={**os.environ, "SLURMD_NODENAME": name, TOKEN_VARIABLE: token, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,  # an agent's pulse
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+def agent_of(keeper: subprocess.Popen[str]) -> psutil.Process:
+    """The agent that a keeper has at this moment, below its guardian."""
+    (guardian,) = psutil.Process(keeper.pid).children()
+    (agent,) = guardian.children()
+    return agent
 
 
 def family(agent: subprocess.Popen[str]) -> list[psutil.Process]:

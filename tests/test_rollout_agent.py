@@ -20,7 +20,7 @@ from nemo_dapo.config import Placement, RolloutConfig
 from nemo_dapo.rollout import host
 from nemo_dapo.rollout.agent import ENDED, LOST, REFUSED
 from nemo_dapo.rollout.agreement import Terms, refuse_node, refuse_report, refuse_version
-from nemo_dapo.rollout.hub import CallFailedError, NodeLostError, listening_socket, write_run_file
+from nemo_dapo.rollout.hub import CallFailedError, NodeLostError, listening_socket
 from nemo_dapo.rollout.messages import (
     PROTOCOL,
     Call,
@@ -32,6 +32,7 @@ from nemo_dapo.rollout.messages import (
     options_heard,
     options_said,
 )
+from nemo_dapo.rollout.run_file import Door, read_run_file, write_run_file
 from tests.agents import LEASE, TOKEN, Link, Nodes, end_of, family
 from tests.stand_in_server import wait_for
 
@@ -184,8 +185,7 @@ def answer_of(address: str, request: bytes) -> bytes:
 
 def test_a_node_joins_serves_is_restarted_and_told_to_stop_and_nobody_else_is_answered(nodes):
     run = nodes(servers=2)
-    write_run_file(run.folder, [closed_address(), run.address], TOKEN)
-    agent = run.agent("n1", "", "", "--run-file", str(run.run_file))
+    agent = run.agent("n1", f"{closed_address()},{run.address}")
     node = run.ready()
     started = family(agent)
     assert [(s.index, s.is_ready, s.ended) for _, s in sorted(node.servers.items())] == [(0, True, ""), (1, True, "")]
@@ -202,7 +202,7 @@ def test_a_node_joins_serves_is_restarted_and_told_to_stop_and_nobody_else_is_an
     code, said = end_of(run.agent("n3", token="guess"))
     assert code == REFUSED
     assert "does not accept this token" in said
-    assert "NEMO_DAPO_ROLLOUT_TOKEN" in said
+    assert "--run-file" in said
     upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAA\r\n"
     for line in ("GET /agent", "GET /", "POST /agent", "DELETE /x?y=z", "OPTIONS /agent", "HEAD /"):
         for more in ("", upgrade, "Authorization: Bearer t0ke\r\n", "Authorization: Basic dDBrZW4=\r\n"):
@@ -331,11 +331,15 @@ def test_all_addresses_of_a_host_have_the_same_free_port():
 
 
 def test_the_run_file_is_for_its_user_alone_and_replaced_at_each_start(tmp_path):
-    path = write_run_file(tmp_path, ["a:1"], "x")
+    path = write_run_file(tmp_path, Door(["a:1"], "x", 3.0, 8))
     path.chmod(0o644)
-    path = write_run_file(tmp_path, ["a:2"], "y")
+    door = Door(["a:2"], "y", 60.0, 1 << 40)
+    path = write_run_file(tmp_path, door)
     assert path.stat().st_mode & 0o777 == 0o600
-    assert json.loads(path.read_text()) == {"addresses": ["a:2"], "token": "y"}
+    assert read_run_file(path) == door
+    path.write_text(json.dumps({"addresses": ["a:2"], "token": "y"}))  # of a run before there were keepers
+    with pytest.raises(ValueError, match=r"rollout.json is no rollout.json of a run"):
+        read_run_file(path)
 
 
 def test_a_configuration_arrives_at_the_node_as_it_was():

@@ -20,9 +20,10 @@ from nemo_dapo.config import Placement, RolloutConfig
 from nemo_dapo.rollout.agent import ENDED
 from nemo_dapo.rollout.attached import AttachedServers
 from nemo_dapo.rollout.command import choose_ports
+from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.nodes import ServingNodes, reachable_as
 from nemo_dapo.rollout.servers import ServersClosedError
-from tests.agents import end_of, serving, start_agent
+from tests.agents import end_of, serving, start_keeper
 from tests.stand_in_server import wait_for
 from tests.stand_in_vllm import ROOT, interpreter
 
@@ -157,13 +158,13 @@ def test_a_trainer_killed_by_sigkill_leaves_no_agent_and_no_server(tmp_path):
 def test_nodes_of_their_own_register_are_waited_for_and_come_back_or_are_replaced(nodes, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("nemo_dapo.rollout.nodes.SECONDS_BETWEEN_WORDS", 0.5)
     run = nodes(placement=Placement.dedicated, nodes=2, listen="127.0.0.1:0")
-    agents = [start_agent("n1", "--run-file", str(tmp_path / "run" / "rollout.json"))]
+    agents = [start_keeper("n1", tmp_path / "run" / "rollout.json")]
     try:
         with ThreadPoolExecutor(1) as pool:
             starting = pool.submit(run.start)
             assert wait_for(lambda: run.hub.nodes.count(None) == 1, 60)
             time.sleep(1.5)  # for a word on who is missing
-            agents.append(start_agent("n2", "--run-file", str(tmp_path / "run" / "rollout.json")))
+            agents.append(start_keeper("n2", tmp_path / "run" / "rollout.json"))
             starting.result(60)
         said = capfd.readouterr().out
         assert "n1 (0 of 1 ready); waiting for 1 more node(s)" in said
@@ -175,7 +176,7 @@ def test_nodes_of_their_own_register_are_waited_for_and_come_back_or_are_replace
         assert wait_for(lambda: run.is_away(1))
         assert "is lost with its node n2: the connection was closed" in run.describe_exit(1)
         assert run.alive(0)
-        agents.append(start_agent("n3", "--run-file", str(tmp_path / "run" / "rollout.json")))
+        agents.append(start_keeper("n3", tmp_path / "run" / "rollout.json"))
         run.restart(1)
         assert run.servers[1].node == "n3"
         assert run.alive(1)
@@ -189,10 +190,10 @@ def test_nodes_of_their_own_register_are_waited_for_and_come_back_or_are_replace
 
 def test_nodes_that_do_not_come_are_counted_with_how_to_start_them_and_who_was_refused(nodes, tmp_path):
     run = nodes(placement=Placement.dedicated, nodes=2, start_timeout=20.0, probe="exit 1", listen="127.0.0.1:0")
-    agent = start_agent("n1", "--run-file", str(tmp_path / "run" / "rollout.json"))
+    agent = start_keeper("n1", tmp_path / "run" / "rollout.json")
     expected = (
         r"(?s)2 of 2 serving nodes did not register within rollout.start_timeout=20 s.*"
-        r"python -m nemo_dapo.rollout.agent --run-file .*rollout.json.*node n1 is refused: rollout.python"
+        r"python -m nemo_dapo.rollout.keeper --run-file .*rollout.json.*node n1 is refused: rollout.python"
     )
     try:
         with pytest.raises(TimeoutError, match=expected):
@@ -218,6 +219,19 @@ def test_a_run_that_cannot_be_opened_leaves_neither_its_thread_nor_its_port(node
     with pytest.raises(FileExistsError):
         nodes()  # fails once the port is open
     assert held() == before
+
+
+def test_work_that_comes_after_the_end_is_refused_and_not_left_unawaited():
+    async def nothing() -> None: ...
+
+    loop = LoopThread("hub")
+    loop.submit(nothing()).result(10)
+    loop.close()
+    loop.close()
+    late = nothing()
+    with pytest.raises(RuntimeError, match="the loop of hub has ended"):
+        loop.submit(late)
+    assert late.cr_frame is None
 
 
 def test_where_rank_0_is_found_follows_where_it_listens(monkeypatch):

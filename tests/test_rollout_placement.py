@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.numpy import save_file
 
 from nemo_dapo.config import Placement, Precision, RolloutConfig
-from nemo_dapo.rollout.agent import ENDED
 from nemo_dapo.rollout.engine import VLLMEngine
 from nemo_dapo.rollout.fleet import SickError
-from nemo_dapo.rollout.weights.store import read_table
+from nemo_dapo.rollout.weights.store import DATA, read_table
 from nemo_dapo.types import Prompt, SamplingParams
-from tests.agents import LEASE, end_of, start_agent
+from tests.agents import LEASE, agent_of, start_keeper
 from tests.stand_in_server import wait_for
 from tests.stand_in_vllm import interpreter
 
@@ -54,15 +54,28 @@ class Cluster:
         )
         self.run_file = folder / "run" / "rollout.json"
         self.engine = VLLMEngine.prepare(config, model, Precision.fp32, folder / "run", Tokenizer(), 0)
-        self.agents: dict[str, subprocess.Popen[str]] = {}
+        self.keepers: dict[str, subprocess.Popen[str]] = {}
 
     def begin(self, name: str) -> None:
-        self.agents[name] = start_agent(name, "--run-file", str(self.run_file))
+        self.keepers[name] = start_keeper(name, self.run_file)
+
+    def start(self) -> None:
+        for slot, name in enumerate(("n1", "n2")):  # places are taken in the order of arrival
+            self.begin(name)
+            assert wait_for(lambda: self.engine.servers.hub.nodes[slot] is not None, NODE_SECONDS)  # noqa: B023
+        self.engine.start_servers()
 
     def kill(self, name: str) -> None:
-        self.agents[name].kill()
-        self.agents[name].wait()
+        """The whole node."""
+        self.keepers[name].kill()
+        self.keepers[name].wait()
         assert wait_for(lambda: self.state(name) == "lost")
+
+    def signal_host(self, name: str, what: signal.Signals) -> None:
+        """To the keeper and to what speaks with rank 0."""
+        agent = agent_of(self.keepers[name])
+        for pid in (self.keepers[name].pid, agent.pid):
+            os.kill(pid, what)
 
     def state(self, name: str) -> str:
         fleet = self.engine.upkeep.fleet
@@ -88,9 +101,9 @@ class Cluster:
 
     def close(self) -> None:
         self.engine.close()
-        for agent in self.agents.values():
-            agent.kill()
-            agent.wait()
+        for keeper in self.keepers.values():
+            keeper.kill()
+            keeper.wait()
 
 
 @pytest.fixture
@@ -101,10 +114,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 def test_nodes_are_lost_at_any_time_and_come_back_by_themselves_with_the_newest_weights(cluster, capfd):
-    for slot, name in enumerate(("n1", "n2")):  # places are taken in the order of arrival
-        cluster.begin(name)
-        assert wait_for(lambda: cluster.engine.servers.hub.nodes[slot] is not None, NODE_SECONDS)  # noqa: B023
-    cluster.engine.start_servers()
+    cluster.start()
     assert cluster.sampled() == {0}
     cluster.update(1)
     assert cluster.held() == {"n1": 1, "n2": 1}
@@ -128,14 +138,17 @@ def test_nodes_are_lost_at_any_time_and_come_back_by_themselves_with_the_newest_
     assert (record["servers/n1/0/restarts"], record["servers/n2/1/restarts"]) == (0, 1)
     assert record["servers/n2/1/serves"] == 1
 
-    # Stopped in the middle of a transfer, as its host might be: the others complete, within the lease.
-    os.kill(cluster.agents["n2"].pid, signal.SIGSTOP)
+    # Stopped in the middle of an update, as its host might be: the others complete, within the lease. What was sent to it
+    # lies in its memory, which is this machine's, and is the newest when it is back.
+    cluster.signal_host("n2", signal.SIGSTOP)
     cluster.update(4)
     assert cluster.held()["n1"] == 4
     assert cluster.sampled() == {4}
     assert wait_for(lambda: cluster.state("n2") == "lost", LEASE + 10)
-    os.kill(cluster.agents["n2"].pid, signal.SIGCONT)
-    assert end_of(cluster.agents["n2"])[0] != ENDED
+    cluster.signal_host("n2", signal.SIGCONT)
+    assert wait_for(lambda: cluster.state("n2") == "serving", NODE_SECONDS)
+    assert cluster.held() == {"n1": 4, "n2": 4}
+    assert cluster.sampled() == {4}
 
     said = ""
 
@@ -149,10 +162,65 @@ def test_nodes_are_lost_at_any_time_and_come_back_by_themselves_with_the_newest_
     )
 
     # Nobody is left: the run ends with each server's node and state, and not before the limit.
+    for name in ("n1", "n2"):
+        cluster.kill(name)
     cluster.engine.upkeep.fleet.patience = 2.0
-    cluster.kill("n1")
     expected = (
         r"(?s)0 of 2 vLLM servers are left, rollout.min_servers=1 .*server 0 on n1 .* lost; .*server 1 on n2 .* lost"
     )
     with pytest.raises(SickError, match=expected):
         cluster.sampled()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_an_agent_that_is_gone_has_a_successor_that_serves_what_the_node_holds(how, cluster):
+    cluster.start()
+    cluster.update(1)
+    victim, place = agent_of(cluster.keepers["n2"]), cluster.engine.servers.places()[1]
+    family = [victim, *victim.children(recursive=True)]
+    assert len(family) == 3  # with a server and its guardian
+
+    os.kill(victim.pid, how)
+    assert wait_for(lambda: cluster.state("n2") == "lost", LEASE + 10)
+    assert psutil.wait_procs(family, timeout=LEASE + 10)[1] == []  # none holds on to a device
+    assert wait_for(lambda: cluster.state("n2") == "serving", NODE_SECONDS)
+    assert agent_of(cluster.keepers["n2"]).pid != victim.pid
+    assert cluster.held() == {"n1": 1, "n2": 1}
+    assert cluster.engine.servers.places()[1].folder == place.folder
+    assert [member.version for member in cluster.engine.upkeep.fleet.members] == [1, 1]
+    assert cluster.sampled() == {1}
+    cluster.update(2)  # to the successor's receiver
+    assert cluster.held() == {"n1": 2, "n2": 2}
+    assert cluster.sampled() == {2}
+
+
+def flip_a_bit(folder: Path) -> None:
+    data = bytearray((folder / DATA).read_bytes())
+    data[0] ^= 1
+    (folder / DATA).write_bytes(data)
+
+
+def test_weights_that_a_node_s_memory_changes_are_served_by_nobody(cluster, caplog):
+    cluster.start()
+    cluster.update(1)
+    folder = Path(cluster.engine.servers.places()[1].folder)
+
+    # After they were loaded: a successor does not serve them.
+    flip_a_bit(folder)
+    os.kill(agent_of(cluster.keepers["n2"]).pid, signal.SIGKILL)
+    assert wait_for(lambda: cluster.state("n2") == "stale", NODE_SECONDS)
+    assert "next weight update: parameter w has other bytes than were sent" in caplog.text
+    assert cluster.sampled() == {1}
+
+    # Before: its server finds it, and needs no restart for the next ones.
+    plan = cluster.engine.begin_update(2)
+    sent = cluster.engine.sender.send([("w", torch.full((2,), 2.0))], plan, 0)
+    flip_a_bit(folder)
+    cluster.engine.finish_update([sent])
+    assert "weights 2 did not get to node n2: parameter w has other bytes than were sent" in caplog.text
+    assert cluster.state("n2") == "stale"
+    assert cluster.sampled() == {2}
+    cluster.update(3)
+    assert cluster.state("n2") == "serving"
+    assert cluster.sampled() == {3}
+    assert cluster.engine.restarts == 1

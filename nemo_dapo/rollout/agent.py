@@ -1,10 +1,8 @@
 """The agent of one serving node: owns that node's servers, for as long as the hub on rank 0 grants it a lease.
 
-    python -m nemo_dapo.rollout.agent --run-file runs/x/rollout.json
-
-Started by the run itself where trainer and servers share nodes, by a second `srun` step elsewhere. It ends with 0 when the
-hub says so or on SIGTERM, with 1 when its lease is lost (start it again: it joins again), with 2 when it is refused for
-good. Whatever ends it ends its servers: by itself, or by their guardians where it was killed.
+Its keeper (`keeper.py`) starts it, and hears its pulse on standard output. It ends with 0 when the hub says so or on
+SIGTERM, with 1 when its lease is lost (started again, it joins again), with 2 when it is refused for good. Whatever ends it
+ends its servers: by itself, or by their guardians where it was killed.
 """
 
 from __future__ import annotations
@@ -20,8 +18,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -30,7 +27,6 @@ from aiohttp import ClientWebSocketResponse, hdrs
 import nemo_dapo
 from nemo_dapo.rollout import host
 from nemo_dapo.rollout.holdings import LOOK_SECONDS, Holdings, prepare
-from nemo_dapo.rollout.hub import TOKEN_VARIABLE, read_run_file
 from nemo_dapo.rollout.messages import (
     CLOSE_SECONDS,
     HELLO_SECONDS,
@@ -50,11 +46,13 @@ from nemo_dapo.rollout.messages import (
     heard,
     say,
 )
+from nemo_dapo.rollout.run_file import TOKEN_VARIABLE
 
 log = logging.getLogger(__name__)
 
 ENDED, LOST, REFUSED = 0, 1, 2  # exit codes
 CONNECT_SECONDS = 5.0
+PATIENCE_SECONDS = 60.0  # for a hub that was there when the agent was started
 RETRY_SECONDS = 1.0
 SECONDS_BETWEEN_WORDS = 15.0
 PULSE_SECONDS = 0.5
@@ -64,43 +62,32 @@ class RefusedError(Exception):
     """The hub does not take this agent, for a reason that another attempt would not change."""
 
 
-@dataclass(frozen=True)
-class Door:
-    """Where the hub may be reached, any of these addresses, and the run's token."""
+async def connect(http: aiohttp.ClientSession, addresses: Sequence[str], token: str) -> ClientWebSocketResponse:
+    """The hub's socket, by whichever of its `addresses` answers first.
 
-    addresses: list[str]
-    token: str
-
-
-async def connect(
-    http: aiohttp.ClientSession, find: Callable[[], Door], patience: float
-) -> tuple[ClientWebSocketResponse, str]:
-    """The hub's socket and the run's token, as soon as it can be found: rank 0 may start later than its agents.
-
-    Raises TimeoutError after `patience` seconds, RefusedError for the wrong token.
+    Raises TimeoutError after PATIENCE_SECONDS, RefusedError for the wrong token.
     """
     started = said = time.monotonic()
     while True:
         try:
-            door = find()
-            return await _try_door(http, door), door.token
+            return await _try_all(http, addresses, token)
         except (aiohttp.ClientError, OSError, ValueError, asyncio.TimeoutError) as problem:
             now, trouble = time.monotonic(), f"{type(problem).__name__}: {problem}"
-        if now - started > patience:
-            raise TimeoutError(f"no hub was found in {patience:.0f} s; is rank 0 running? The last attempt: {trouble}")
+        if now - started > PATIENCE_SECONDS:
+            raise TimeoutError(f"no hub was found in {PATIENCE_SECONDS:.0f} s; the last attempt: {trouble}")
         if now - said > SECONDS_BETWEEN_WORDS:
             said = now
             log.info("looking for the hub for %.0f s; the last attempt: %s", now - started, trouble)
         await asyncio.sleep(RETRY_SECONDS)
 
 
-async def _try_door(http: aiohttp.ClientSession, door: Door) -> ClientWebSocketResponse:
+async def _try_all(http: aiohttp.ClientSession, addresses: Sequence[str], token: str) -> ClientWebSocketResponse:
     trouble: Exception = ValueError("it names no address")
-    for address in door.addresses:
+    for address in addresses:
         try:
             return await http.ws_connect(
                 f"http://{address}{ROUTE}",
-                headers={hdrs.AUTHORIZATION: f"Bearer {door.token}"},
+                headers={hdrs.AUTHORIZATION: f"Bearer {token}"},
                 autoping=False,
                 timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_SECONDS),
                 max_msg_size=MAX_MESSAGE_BYTES,
@@ -108,8 +95,7 @@ async def _try_door(http: aiohttp.ClientSession, door: Door) -> ClientWebSocketR
         except aiohttp.WSServerHandshakeError as answer:
             if answer.status == 401:
                 raise RefusedError(
-                    f"the hub at {address} does not accept this token: use the --run-file of the run that is at work, or "
-                    f"set {TOKEN_VARIABLE} to the value that rank 0 has"
+                    f"the hub at {address} does not accept this token: use the --run-file of the run that is at work"
                 ) from answer
             trouble = answer
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as problem:
@@ -155,7 +141,6 @@ class Agent:
 
     async def _watch(self) -> None:
         while True:
-            self.holdings.require_folder()
             await self._say_states()
             await asyncio.sleep(LOOK_SECONDS)
 
@@ -175,7 +160,7 @@ class Agent:
 
 
 async def register(
-    socket: ClientWebSocketResponse, token: str, name: str, gpus: list[str], scratch: str, folder: Path | None
+    socket: ClientWebSocketResponse, token: str, name: str, gpus: list[str], scratch: str, folder: Path
 ) -> Agent:
     """Say hello, look at the plan, be welcome. Raises RefusedError, or LeaseLostError where it is worth another attempt."""
     async with contextlib.aclosing(heard(socket, 2 * HELLO_SECONDS)) as words:
@@ -205,13 +190,13 @@ def _accepted(message: Plan | Welcome | Refusal) -> Plan | Welcome:
     return message
 
 
-async def run(find: Callable[[], Door], patience: float, *, folder: Path | None = None, has_pulse: bool = False) -> int:
+async def run(addresses: Sequence[str], token: str, folder: Path) -> int:
     """One registration, whole; returns the exit code."""
     scratch = tempfile.mkdtemp(prefix="nemo_dapo_agent_")
-    life = asyncio.ensure_future(_live(find, patience, scratch, folder))
+    life = asyncio.ensure_future(_live(addresses, token, scratch, folder))
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, life.cancel)
-    pulse = asyncio.ensure_future(_pulse(life)) if has_pulse else None
+    pulse = asyncio.ensure_future(_pulse(life))
     try:
         await life
     except asyncio.CancelledError:
@@ -223,17 +208,16 @@ async def run(find: Callable[[], Door], patience: float, *, folder: Path | None 
         log.error("the lease is lost: %s", problem)
         return LOST
     finally:
-        if pulse:
-            pulse.cancel()
+        pulse.cancel()
         shutil.rmtree(scratch, ignore_errors=True)
     return ENDED
 
 
-async def _live(find: Callable[[], Door], patience: float, scratch: str, folder: Path | None) -> None:
+async def _live(addresses: Sequence[str], token: str, scratch: str, folder: Path) -> None:
     name, gpus = host.node_name(), await asyncio.to_thread(host.gpu_uuids, os.environ)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
     async with aiohttp.ClientSession(trust_env=False, timeout=timeout) as http:
-        socket, token = await connect(http, find, patience)
+        socket = await connect(http, addresses, token)
         agent = await register(socket, token, name, gpus, scratch, folder)
         is_wanted = True
         try:
@@ -251,7 +235,7 @@ async def _live(find: Callable[[], Door], patience: float, scratch: str, folder:
 
 
 async def _pulse(life: asyncio.Future[None]) -> None:
-    """Show whoever started this process that it is not stopped: a byte on standard output now and then."""
+    """Show the keeper that this process is not stopped: a byte on standard output now and then."""
     with contextlib.suppress(OSError):  # nobody is there any more
         while True:
             os.write(1, b".")
@@ -261,22 +245,14 @@ async def _pulse(life: asyncio.Future[None]) -> None:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m nemo_dapo.rollout.agent", description=__doc__.split("\n")[0])
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--run-file", type=Path, help="rollout.json in the run's folder, which rank 0 writes")
-    where.add_argument("--controller", help=f"HOST:PORT[,HOST:PORT…] of the hub; the token is {TOKEN_VARIABLE}")
-    parser.add_argument("--patience", type=float, default=1800.0, help="seconds to look for the hub")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # for weights, of whoever keeps this agent
-    parser.add_argument("--pulse", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--controller", required=True, help=f"HOST:PORT[,HOST:PORT…] of the hub; the token is {TOKEN_VARIABLE}"
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="the keeper's, for weights")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s agent %(message)s", stream=sys.stderr)
     token = os.environ.pop(TOKEN_VARIABLE, "")  # not for the servers
-
-    def find() -> Door:
-        return (
-            Door(*read_run_file(options.run_file)) if options.run_file else Door(options.controller.split(","), token)
-        )
-
-    return asyncio.run(run(find, options.patience, folder=options.folder, has_pulse=options.pulse))
+    return asyncio.run(run(options.controller.split(","), token, options.folder))
 
 
 if __name__ == "__main__":

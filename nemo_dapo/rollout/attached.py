@@ -3,7 +3,7 @@
 They run on rank 0's host, whose memory the weights go through, with our plugin and the run's key:
 
     VLLM_SERVER_DEV_MODE=1 VLLM_PLUGINS=nemo_dapo VLLM_API_KEY=… python -m vllm.entrypoints.openai.api_server --model …
-      --tokens-only --logprobs-mode processed_logprobs --scheduling-policy priority
+      --seed … --tokens-only --logprobs-mode processed_logprobs --scheduling-policy priority
       --weight-transfer-config '{"backend": "nemo_dapo"}' --middleware nemo_dapo.rollout.vllm_plugin.RequireKey
 """
 

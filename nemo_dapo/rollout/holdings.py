@@ -10,11 +10,11 @@ from pathlib import Path
 from nemo_dapo.config import Precision
 from nemo_dapo.rollout import host
 from nemo_dapo.rollout.command import connect_host, listen_host
-from nemo_dapo.rollout.hub import read_run_file
 from nemo_dapo.rollout.messages import Plan, Report, options_heard
+from nemo_dapo.rollout.run_file import read_run_file
 from nemo_dapo.rollout.servers import Share, VLLMServers
 from nemo_dapo.rollout.weights.receive import Receiver
-from nemo_dapo.rollout.weights.store import WeightStore, place_of
+from nemo_dapo.rollout.weights.store import place_of
 
 FOLDER_SECONDS = 5.0  # for a network file system to show what another host has just written
 LOOK_SECONDS = 0.2
@@ -23,29 +23,22 @@ LOOK_SECONDS = 0.2
 class Holdings:
     """Made where nothing speaks against it; nothing is started yet."""
 
-    def __init__(self, servers: VLLMServers, store: WeightStore | None, receiver: Receiver | None) -> None:
-        self.servers, self.store, self.receiver = servers, store, receiver
-
-    def require_folder(self) -> None:
-        """Make the weights' folder again where somebody removed it; one that is not ours is its owner's to look after."""
-        if self.store:
-            self.store.require_folder()
+    def __init__(self, servers: VLLMServers, receiver: Receiver | None) -> None:
+        self.servers, self.receiver = servers, receiver
 
     def close(self, *, kill: bool) -> None:
         """End the servers, at once where `kill` says so."""
         self.servers.close(kill=kill)
         if self.receiver:
             self.receiver.close()
-        if self.store:
-            self.store.close()
 
 
 def prepare(
-    plan: Plan, token: str, node: str, address: str, gpus: list[str], scratch: str, folder: Path | None
+    plan: Plan, token: str, node: str, address: str, gpus: list[str], scratch: str, folder: Path
 ) -> tuple[Report, Holdings | None]:
     """What the hub wants to know of this node, and its holdings where nothing speaks against them. Blocks.
 
-    `folder` is the weight store of whoever started the agent, None where it is to have one of its own.
+    `folder` is the weight store of whoever keeps the agent.
     """
     config = options_heard(plan.rollout)
     report, has_cpu_build = host.look(plan, config, address)
@@ -73,13 +66,9 @@ def prepare(
         if not problems:
             model, precision = Path(plan.model_path), Precision(plan.precision)
             servers = VLLMServers(config, model, precision, Path(plan.log_dir), share)
-            store = None
-            if folder is None:
-                store = WeightStore(plan.weight_bytes, node)
-                folder = store.folder
             receiver = Receiver(folder, plan.weight_token, address) if plan.spans_hosts else None
             place = place_of(folder, node, f"{connect_host(address)}:{receiver.port}" if receiver else "")
-            return dataclasses.replace(report, place=dataclasses.asdict(place)), Holdings(servers, store, receiver)
+            return dataclasses.replace(report, place=dataclasses.asdict(place)), Holdings(servers, receiver)
     except (ValueError, OSError) as problem:
         problems.append(str(problem))
     return dataclasses.replace(report, problems=problems), None
@@ -90,7 +79,7 @@ def sees_run(run_file: Path, token: str) -> bool:
     deadline = time.monotonic() + FOLDER_SECONDS
     while True:
         with contextlib.suppress(OSError, ValueError):
-            if read_run_file(run_file)[1] == token:
+            if read_run_file(run_file).token == token:
                 return True
         if time.monotonic() > deadline:
             return False

@@ -10,12 +10,10 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import secrets
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from aiohttp import hdrs, web
 
@@ -43,8 +41,6 @@ from nemo_dapo.rollout.messages import (
 
 log = logging.getLogger(__name__)
 
-TOKEN_VARIABLE = "NEMO_DAPO_ROLLOUT_TOKEN"
-RUN_FILE = "rollout.json"  # in the run's folder
 END_SECONDS = 30.0  # for agents to end their servers, each of which has its own grace below that
 
 
@@ -293,31 +289,6 @@ async def _say_no_more(request: web.BaseRequest, response: web.StreamResponse) -
 
 def _name_said(text: str) -> str:
     return str(json.loads(text).get("node", "?"))[:80]
-
-
-def choose_token() -> str:
-    """As the environment gives it, else a random one."""
-    return os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32)
-
-
-def write_run_file(run_dir: Path, addresses: Collection[str], token: str) -> Path:
-    """Where agents find the hub and what they show it; for the user's eyes alone. Written anew at each start."""
-    path = run_dir / RUN_FILE
-    beside = path.with_name(path.name + ".tmp")
-    beside.unlink(missing_ok=True)
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump({"addresses": list(addresses), "token": token}, file)
-    os.replace(beside, path)
-    return path
-
-
-def read_run_file(path: Path) -> tuple[list[str], str]:
-    """(addresses, token); raises OSError or ValueError where the file is not there, not whole, or not this one."""
-    said = json.loads(path.read_text())
-    try:
-        return [str(address) for address in said["addresses"]], str(said["token"])
-    except (KeyError, TypeError) as problem:
-        raise ValueError(f"{path} is no {RUN_FILE} of a run") from problem
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

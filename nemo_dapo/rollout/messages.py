@@ -62,7 +62,6 @@ class Plan:
     log_dir: str
     run_file: str  # which the node sees, with the run's token in it, where the run's folder is everyone's
     spans_hosts: bool  # then servers listen on the address by which the node reaches the hub
-    weight_bytes: int = 0  # of one version
     weight_token: str = ""  # which the receiver of weights is shown
 
 

@@ -25,10 +25,11 @@ from nemo_dapo.hf_folder import fingerprint
 from nemo_dapo.rollout.agreement import Terms
 from nemo_dapo.rollout.command import choose_key
 from nemo_dapo.rollout.host import node_name
-from nemo_dapo.rollout.hub import RUN_FILE, CallFailedError, Hub, Node, NodeLostError, choose_token, write_run_file
-from nemo_dapo.rollout.keeper import AGENT_LOG, AgentKeeper, Door
+from nemo_dapo.rollout.hub import CallFailedError, Hub, Node, NodeLostError
+from nemo_dapo.rollout.keeper import AGENT_LOG, AgentKeeper
 from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.messages import Plan, ServerState, options_said
+from nemo_dapo.rollout.run_file import RUN_FILE, Door, choose_token, write_run_file
 from nemo_dapo.rollout.servers import END_GRACE_SECONDS, ServersClosedError
 from nemo_dapo.rollout.weights.plan import Place
 from nemo_dapo.tasks import all_or_none
@@ -141,7 +142,7 @@ class ServingNodes:
         self._run(self.hub.open(host or ("" if self.spans_hosts else LOOPBACK), port))
         self.addresses = [f"{name}:{self.hub.port}" for name in reachable_as(host, self.spans_hosts)]
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_run_file(self.run_dir, self.addresses, self.token)
+        write_run_file(self.run_dir, self.door)
         if self.is_local:
             self.keeper = AgentKeeper(self.door, self.log_dir(node_name()) / AGENT_LOG)
 
@@ -172,7 +173,6 @@ class ServingNodes:
             log_dir=str(self.log_dir(node).absolute()),
             run_file=str((self.run_dir / RUN_FILE).absolute()),
             spans_hosts=self.spans_hosts,
-            weight_bytes=self.weights.nbytes,
             weight_token=self.weights.token,
         )
 
@@ -225,7 +225,7 @@ class ServingNodes:
                 raise TimeoutError(
                     f"{sum(node is None for node in self.hub.nodes)} of {len(slots)} serving nodes did not register within "
                     f"rollout.start_timeout={self.config.start_timeout:.0f} s ({self.describe_start()}). Each runs `python "
-                    f"-m nemo_dapo.rollout.agent --run-file {self.run_dir / RUN_FILE}`, and must reach one of "
+                    f"-m nemo_dapo.rollout.keeper --run-file {self.run_dir / RUN_FILE}`, and must reach one of "
                     f"{', '.join(self.addresses)} (rollout.listen). {self._refusals()}"
                 )
             limit = self.config.start_timeout + CALL_MARGIN_SECONDS
