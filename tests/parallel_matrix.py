@@ -50,6 +50,11 @@ class Case:
         return self.ranks // (self.layout.tp * self.layout.pp * self.layout.cp)
 
 
+def case_of(result: dict[str, Any]) -> Case:
+    """The case of a line of results."""
+    return Case(result["model"], result["ranks"], Layout(**result["layout"]), result["budget"])
+
+
 def layouts(ranks: int, experts: bool) -> Iterator[Layout]:
     """Every layout of `ranks` ranks, sequence parallelism on and off where it may be."""
     sizes = [n for n in RANKS if n <= ranks]

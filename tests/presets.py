@@ -5,7 +5,6 @@ torch's fake process group stands in for the ranks of a cluster: shapes are righ
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from nemo_dapo import config as schema
-from nemo_dapo.config import ParallelConfig, RunConfig
+from nemo_dapo.config import ParallelConfig, RunConfig, model_family
 from nemo_dapo.config.compose import compose_file, typed
 from tests.published_models import LLAMA33_70B, QWEN3_30B_A3B, QWEN25_32B
 
@@ -50,6 +49,14 @@ MODELS: dict[str, dict[str, Any]] = {  # each preset's config.json, as published
 }
 PRESETS = sorted(str(file.relative_to(CONF / "preset").with_suffix("")) for file in CONF.glob("preset/*/*.yaml"))
 GIB = 2**30
+
+
+LAYOUT = {  # as a table names the kinds of parallelism
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "CP": "context_parallel_size",
+    "EP": "expert_model_parallel_size",
+}
 
 
 def world_size(preset: str) -> int:
@@ -154,17 +161,34 @@ def memory(shard: Shard, p: ParallelConfig, ranks: int) -> dict[str, float]:
     return {"weights": 2 * shard.total / GIB, "gradients": 4 * shard.total / GIB, "optimizer": optimizer / GIB}
 
 
+def layer_inputs(run: RunConfig) -> float:
+    """GiB that the first stage keeps for the backward pass where each layer is computed again, as on a GPU it is: bf16
+    inputs of its layers for as many micro-batches as there are stages."""
+    model, p = model_family.read(run.model.path), run.parallel
+    tokens = run.trainer.tokens_per_microbatch / p.context_parallel_size
+    if p.sequence_parallel:
+        tokens /= p.tensor_model_parallel_size
+    stages = p.pipeline_model_parallel_size
+    return 2 * tokens * model["hidden_size"] * -(-model["num_hidden_layers"] // stages) * stages / GIB
+
+
+def layout_of(p: ParallelConfig) -> str:
+    return " × ".join(f"{kind}{getattr(p, name)}" for kind, name in LAYOUT.items() if getattr(p, name) > 1)
+
+
 def of_all_ranks(preset: str, folder: Path) -> dict[str, Any]:
     """What a preset comes to: the model's parameters by its shards, and the fullest rank's memory by kind."""
     run, ranks = compose_preset(preset, folder), world_size(preset)
-    found = dict(itertools.islice(shards(run, ranks), ranks))
+    found = dict(shards(run, ranks))
     fullest = max((memory(shard, run.parallel, ranks) for shard in found.values()), key=lambda m: sum(m.values()))
     return {
         "preset": preset,
+        "layout": layout_of(run.parallel),
+        "server": run.rollout.vllm["tensor_parallel_size"],
         "shards": len(found),
         "parameters": whole_model(found),
         "published": parameters_of_transformers(run.model.path),
-        "memory": fullest,
+        "memory": fullest | {"layer inputs": layer_inputs(run)},
     }
 
 

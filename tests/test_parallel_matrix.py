@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.parallel_matrix import Case, cases, compared, is_equal, pairs_of, pairwise
+from benchmarks import parallelism
+from tests.parallel_matrix import Case, case_of, cases, compared, is_equal, pairs_of, pairwise
 from tests.policy_scenarios import Layout
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +58,25 @@ def test_the_matrix_has_every_kind_of_parallelism_alone_and_together() -> None:
     ):
         assert (layout, ranks) in layouts
     assert Case("dense, tied", 4, Layout(tp=2, cp=2), "packs").data_parallel == 1
+
+
+def test_a_run_that_was_cut_goes_on_behind_what_it_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, asked = cases()[:4], []
+
+    def run(folder: Path, cases: list[Case]) -> Iterator[dict[str, Any]]:
+        asked.append(cases)
+        yield from (asdict(case) for case in cases)
+
+    monkeypatch.setattr(parallelism.matrix, "run", run)
+    results = parallelism.measured(wanted, tmp_path / "results")
+    cut = [next(results), next(results)]
+    results.close()
+    again = [*parallelism.measured(wanted, tmp_path / "results")]
+    assert asked == [wanted, wanted[2:]]
+    assert again[:2] == cut
+    assert [case_of(result) for result in again] == wanted
 
 
 def test_a_difference_is_seen() -> None:

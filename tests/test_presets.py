@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from nemo_dapo import config as schema
 from nemo_dapo.config.compose import compose_file, typed
 from tests import presets
 
 ROOT = Path(__file__).parents[1]
-H100_GIB = 80 - 15  # of 80: activations with recomputation, a sleeping server and NCCL's buffers need the rest
+H100_GIB = 80 - 15  # of 80: one layer at work, a sleeping server and NCCL's buffers need the rest
 EXPERIMENTS = {"dapo_qwen2.5_32b": "qwen2.5-32b", "dapo_qwen2.5_math_7b": "qwen2.5-7b"}
 
 
@@ -43,6 +48,40 @@ def test_the_papers_runs_are_valid_on_their_presets(name: str, tmp_path: Path, m
     assert run.data.train.keys() == {"dapo_math_17k"}
 
 
+def leaves(options: dict[str, Any], above: str = "") -> Iterator[str]:
+    for name, value in options.items():
+        yield from leaves(value, f"{above}{name}.") if isinstance(value, dict) else [f"{above}{name}"]
+
+
+def attributes_read() -> set[str]:
+    """Names that follow a dot somewhere in the trainer, but for the schema and its checks, which read every option."""
+    read = set()
+    for file in (ROOT / "nemo_dapo").rglob("*.py"):
+        if file.parent.name != "config":
+            read |= {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
+    return read
+
+
+def engine_arguments_of_vllm() -> set[str]:
+    package = importlib.util.find_spec("vllm")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("needs vLLM's sources")
+    source = Path(package.submodule_search_locations[0]) / "engine/arg_utils.py"
+    classes = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.ClassDef)]
+    engine = next(each for each in classes if each.name == "EngineArgs")
+    return {
+        node.target.id for node in engine.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def test_nothing_in_a_preset_is_read_by_nobody() -> None:
+    ours, vllms = attributes_read(), engine_arguments_of_vllm()
+    for preset in presets.PRESETS:
+        for option in leaves(yaml.safe_load((presets.CONF / "preset" / f"{preset}.yaml").read_text())):
+            group, name = option.rsplit(".", 1)
+            assert name in (vllms if group == "rollout.vllm" else ours), f"{preset}: {option}"
+
+
 @pytest.mark.slow
 def test_the_shards_of_a_preset_are_the_model_and_fit_the_gpu(tmp_path: Path) -> None:
     """One dense and one mixture of experts, each stage and expert rank; `python benchmarks/presets.py` builds all."""
@@ -55,7 +94,7 @@ def test_the_shards_of_a_preset_are_the_model_and_fit_the_gpu(tmp_path: Path) ->
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     for result in json.loads(done.stdout.splitlines()[-1]):
         assert result["parameters"] == result["published"]
         assert sum(result["memory"].values()) < H100_GIB
