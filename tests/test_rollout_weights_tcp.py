@@ -69,7 +69,7 @@ def test_every_node_receives_the_same_bytes_whether_over_the_network_or_on_the_h
     near = WeightStore(1, "near")
     sender = Sender(lambda: EXPECTED, 1024)
     try:
-        for version in (1, 2):  # over the same connections and into the same memory
+        for version in (1, 2):  # into the same memory
             plan = plan_for(near.place(), far_place, farther_place, version=version)
             outcomes = sender.send(weights(version).items(), plan, 0).outcomes
             assert [one.node for one in outcomes] == ["near", "far", "farther"]
@@ -79,6 +79,21 @@ def test_every_node_receives_the_same_bytes_whether_over_the_network_or_on_the_h
     finally:
         sender.close()
         near.close()
+
+
+def test_a_receiver_that_hung_up_between_two_updates_is_called_again(node, monkeypatch):
+    """A step takes minutes, and whoever waits for the next request ends a silent connection at some time."""
+    monkeypatch.setattr(receive.Handler, "timeout", 0.2)
+    store, place = node("far")
+    sender = Sender(lambda: EXPECTED, 1024)
+    try:
+        for version in (1, 2):
+            (outcome,) = sender.send(weights(version).items(), plan_for(place, version=version), 0).outcomes
+            assert not outcome.fault
+            assert arrived(store, version, outcome.digest)
+            time.sleep(0.6)
+    finally:
+        sender.close()
 
 
 def test_a_node_that_came_back_with_another_receiver_is_sent_to_and_the_old_one_let_go(node):

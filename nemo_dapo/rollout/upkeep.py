@@ -166,7 +166,15 @@ class Upkeep:
             log.error("%s; it is restarted when the others wake up", fault)
             self._unwell[member.index] = now, fault
         elif fault:
-            await self._while_there(member, self.fleet.attend(member, now, fault, is_fatal=True))
+            await self._repair(member, now, fault)
+
+    async def _repair(self, member: Member, life: Life, fault: str) -> None:
+        """Have a server restarted; that takes minutes, so it is waited for only where nobody else serves meanwhile."""
+        repair = self.fleet.attend(member, life, fault, is_fatal=True)
+        if any(self.fleet.can_serve(one) and not one.is_down for one in self.fleet.members if one is not member):
+            self.fleet.leave_to_itself(asyncio.ensure_future(repair))
+        else:
+            await self._while_there(member, repair)
 
     def node_of(self, index: int) -> str:
         return self.servers.servers[index].node
@@ -218,9 +226,7 @@ class Upkeep:
         self.asleep = set()
         unwell, self._unwell = self._unwell, {}
         faults = [(self.fleet.members[index], *what) for index, what in unwell.items()]
-        attend = self.fleet.attend
-        repairs = (self._while_there(m, attend(m, life, fault, is_fatal=True)) for m, life, fault in faults)
-        self._run(all_or_none(list(repairs)))
+        self._run(all_or_none([self._repair(*what) for what in faults]))
         self.paused[:] = [reason for reason in self.paused if reason != ASLEEP]
 
     def _everywhere(self, route: str, params: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Carrier to the receiver of another node, over one HTTP connection."""
+"""Carrier to the receiver of another node, over one HTTP connection an update."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class TCPCarrier:
         self.version, self.deadline = version, deadline
         if not self.place.address:
             raise ConnectionError(f"{self.place.folder} is not on this host, and the node has no receiver")
-        if self.connection is None:
-            address = urlsplit(f"//{self.place.address}")
-            self.connection = HTTPConnection(address.hostname or "", address.port, timeout=self._patience())
+        self.close()  # the last update's: in the minutes since, the receiver or a firewall on the way may have ended it
+        address = urlsplit(f"//{self.place.address}")
+        self.connection = HTTPConnection(address.hostname or "", address.port, timeout=self._patience())
 
     def carry(self, piece: Piece) -> None:
         data = piece.data.numpy()
