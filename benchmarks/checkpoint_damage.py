@@ -122,16 +122,28 @@ def times(policy: Any, folder: Path) -> dict[str, float]:
     for round in range(2):
         plain = folder / f"plain_{round}"
         plain.mkdir(parents=True)
-        out["save policy"] = timed(lambda at=plain: policy.save(at))  # type: ignore[misc]
+        out["save policy"] = timed(lambda at=plain: policy.take(at).complete())  # type: ignore[misc]
         directory = folder / f"whole_{round}"
         out["save checkpoint"] = timed(
             lambda at=directory: checkpoint.save(at, 1, policy, {}, keep=0, group=None)  # type: ignore[misc]
         )
+        out |= times_behind(policy, folder / f"behind_{round}")
         out["load policy"] = timed(lambda at=plain: policy.load(at))  # type: ignore[misc]
         out["choose"] = timed(lambda at=directory: checkpoint.choose(at, None))  # type: ignore[misc]
         out["load checkpoint"] = timed(lambda at=directory: checkpoint.load(at, 1, policy))  # type: ignore[misc]
         out["GB"] = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) / 1e9
     return out
+
+
+def times_behind(policy: Any, directory: Path) -> dict[str, float]:
+    """Seconds of a checkpoint that is written behind the training: what the training waits for at first, until a thread has
+    written it, and what it waits for at the end."""
+    begun = time.perf_counter()
+    writing = checkpoint.save_behind(directory, 1, policy, {}, group=None, portable=True)
+    out = {"begin behind": time.perf_counter() - begun}
+    writing.share.result()
+    out["written behind"] = time.perf_counter() - begun
+    return out | {"finish behind": timed(lambda: writing.finish(keep=0))}
 
 
 def main() -> None:

@@ -2,13 +2,15 @@
 
 Ranks of one layout (tensor and pipeline parallel size 1) save and load a random model in both forms, over gloo on a CPU
 host. What a rank held before is taken off its peak, so that the model itself, which shrinks with more replicas as the
-optimizer's states are dealt out, does not count. Reading is `shared` among the replicas, which pass on what they read to
-those that want it too, or each rank reads `alone`; the policy shares but for the optimizer's states of a portable one.
+optimizer's states are dealt out, does not count. A save `apart` is that of checkpoint.asynchronous. Reading is `shared`
+among the replicas, which pass on what they read to those that want it too, or each rank reads `alone`; the policy shares
+but for the optimizer's states of a portable one.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import multiprocessing
 import sys
@@ -70,12 +72,17 @@ def run_rank(folder: Path, replicas: int, rank: int) -> None:
     policy.update(batch, make_loss_fn(AlgorithmConfig()), None)
     parameters = sum(p.numel() for p in policy.model[0].parameters())
     found: dict[str, Any] = {"parameters": parameters}
-    for form, portable in FORMS.items():
-        place = folder / f"{form} {replicas}"
+
+    def save(place: Path, **options: bool) -> None:
         if rank == 0:
             place.mkdir()
         dist.barrier()
-        found["save", form, ""] = peak_of(lambda place=place, portable=portable: policy.save(place, portable=portable))  # type: ignore[misc]
+        policy.take(place, **options).complete()
+
+    for form, portable in FORMS.items():
+        for where, apart in {"": False, " apart": True}.items():
+            work = functools.partial(save, folder / f"{form} {replicas}{where}", portable=portable, apart=apart)
+            found["save", form, where.strip()] = peak_of(work)
     for form in FORMS:
         for reading, patched in READINGS.items():
             with ExitStack() as stack:

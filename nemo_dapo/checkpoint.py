@@ -14,7 +14,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,26 +63,106 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step` and remove all but the newest `keep` (0: none). Collective; `state` is rank 0's.
 
-    `state` is JSON, but for its `window`, a list of OpenGroup. `portable` as for `Policy.save`.
+    `state` is JSON, but for its `window`, a list of OpenGroup. `portable` as for `Policy.take`.
 
     Raises CheckpointError, on every rank, where one of them could not write; what was written of it is then removed.
     """
-    place, beside = directory / _name(step), directory / f".{_name(step)}.writing"
-    leads = dist.get_rank() == 0
-    try:
-        _on_every_rank(lambda: _make_empty(directory, beside) if leads else None, group)
-        parts = _on_every_rank(lambda: _write_policy(policy, beside, portable), group)
-        files = {name: FileDigest(**one) for part in parts for name, one in part.items()}
-        content = {"step": step} | dict(state or {})
-        _on_every_rank(lambda: _complete(beside, place, content, files) if leads else None, group)
-    except CheckpointError as error:
-        if leads:
-            shutil.rmtree(beside, ignore_errors=True)  # its space is needed
-        raise CheckpointError(f"checkpoint {place} was not written: {error}") from error
-    if leads:
-        _remove_old(directory, keep)
-    dist.barrier(group=group)
-    return place
+    writing = Writing(directory, step, group)
+    writing.take(policy, state, portable=portable, apart=False)
+    writing.write()
+    return writing.finish(keep)
+
+
+def save_behind(
+    directory: Path, step: int, policy: Policy, state: Mapping[str, Any] | None, *, group: Any, portable: bool
+) -> Writing:
+    """As `save`, written by a thread while the policy trains on; complete, and counted, once `finish` was called.
+
+    All of it is that of this moment. There is no other one under way in `directory`.
+    """
+    writing = Writing(directory, step, group)
+    writing.take(policy, state, portable=portable, apart=True)
+    threading.Thread(target=writing.write, name="checkpoint", daemon=True).start()
+    return writing
+
+
+class Writing:
+    """A checkpoint on its way to the disk. Every method but `write` is collective.
+
+    Until `finish` renames it, it is a folder with a leading dot: a run that is killed goes on from the one before, and the
+    next checkpoint removes what was written.
+    """
+
+    def __init__(self, directory: Path, step: int, group: Any) -> None:
+        self.directory, self.step, self.group = directory, step, group
+        self.place, self.beside = directory / _name(step), directory / f".{_name(step)}.writing"
+        self.leads = dist.get_rank() == 0
+        self.own: list[Path] = []  # files beside the policy's
+        self.share: Future[dict[str, Any]] = Future()  # digests of the files that this rank wrote, by name
+
+    def take(self, policy: Policy, state: Mapping[str, Any] | None, *, portable: bool, apart: bool) -> None:
+        """What is to be written; of the policy as in `Policy.take`, `state` at once."""
+
+        def begin() -> None:
+            if self.leads:
+                _make_empty(self.directory, self.beside)
+                self.own = _write_state(self.beside, {"step": self.step} | dict(state or {}))
+
+        def take() -> None:
+            self.taken = policy.take(self.beside / "policy", portable=portable, apart=apart)
+
+        with self._removed_where_it_fails():
+            _on_every_rank(begin, self.group)
+            _on_every_rank(take, self.group)
+
+    def write(self) -> None:
+        """This rank's share; what fails is raised by `finish`."""
+        try:
+            self.share.set_result(self._digests(self.own + self.taken.write()))
+        except Exception as error:
+            self.share.set_exception(error)
+
+    def is_over(self) -> bool:
+        """Whether every rank has written its share, or one has failed to: `finish` waits for hardly anything."""
+        is_done = self.share.done()
+        has_failed = is_done and self.share.exception() is not None
+        everyone = gather_json([is_done, has_failed], self.group)
+        return all(done for done, _ in everyone) or any(failed for _, failed in everyone)
+
+    def finish(self, keep: int, timeout: float | None = None) -> Path:
+        """Complete it and remove all but the newest `keep`; waits `timeout` seconds for this rank's share.
+
+        Raises CheckpointError, on every rank, where one of them could not write; what was written is then removed.
+        """
+        with self._removed_where_it_fails():
+            parts = _on_every_rank(lambda: self._awaited(timeout), self.group)
+            parts += _on_every_rank(lambda: self._digests(self.taken.finish()), self.group)
+            files = {name: FileDigest(**one) for part in parts for name, one in part.items()}
+            _on_every_rank(lambda: _complete(self.beside, self.place, files) if self.leads else None, self.group)
+        if self.leads:
+            _remove_old(self.directory, keep)
+        dist.barrier(group=self.group)
+        return self.place
+
+    def _awaited(self, timeout: float | None) -> dict[str, Any]:
+        try:
+            return self.share.result(timeout)
+        except TimeoutError as error:
+            raise CheckpointError(f"its share was not written within {timeout:.0f} s") from error
+
+    def _digests(self, files: Sequence[Path]) -> dict[str, Any]:
+        for file in files:
+            _sync(file)
+        return {str(file.relative_to(self.beside)): asdict(digests.digest(file)) for file in files}
+
+    @contextmanager
+    def _removed_where_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            if self.leads:
+                shutil.rmtree(self.beside, ignore_errors=True)  # its space is needed
+            raise CheckpointError(f"checkpoint {self.place} was not written: {error}") from error
 
 
 def _on_every_rank(work: Callable[[], Any], group: Any) -> list[Any]:
@@ -102,24 +185,18 @@ def _make_empty(directory: Path, beside: Path) -> None:
     (beside / "policy").mkdir(parents=True)
 
 
-def _write_policy(policy: Policy, beside: Path, portable: bool) -> dict[str, Any]:
-    """Digests of the files that this rank wrote, by their names in the checkpoint."""
-    files = policy.save(beside / "policy", portable=portable)
-    for file in files:
-        _sync(file)
-    return {str(file.relative_to(beside)): asdict(digests.digest(file)) for file in files}
+def _write_state(beside: Path, state: Mapping[str, Any]) -> list[Path]:
+    """What a run needs beside the policy; returns the files. They may change as soon as this returns: on the disk later."""
+    files = [beside / "state.json"]
+    files[0].write_text(json.dumps({key: one for key, one in state.items() if key != "window"}))
+    if state.get("window"):
+        files.append(beside / window_file.NAME)
+        window_file.write(files[1], state["window"])
+    return files
 
 
-def _complete(beside: Path, place: Path, state: Mapping[str, Any], files: Mapping[str, FileDigest]) -> None:
-    window = state.get("window")
-    _write_durably(beside / "state.json", json.dumps({key: one for key, one in state.items() if key != "window"}))
-    names = ["state.json"]
-    if window:
-        window_file.write(beside / window_file.NAME, window)
-        _sync(beside / window_file.NAME)
-        names.append(window_file.NAME)
-    digest = {name: digests.digest(beside / name) for name in names}
-    _write_durably(beside / digests.NAME, digests.render(FORMAT, {**files, **digest}))
+def _complete(beside: Path, place: Path, files: Mapping[str, FileDigest]) -> None:
+    _write_durably(beside / digests.NAME, digests.render(FORMAT, files))
     _sync(beside / "policy")
     _sync(beside)
     if place.exists():

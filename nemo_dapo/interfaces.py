@@ -37,6 +37,18 @@ class NonFiniteGradientError(RuntimeError):
         )
 
 
+class TakenPolicy(Protocol):
+    """What a rank is to write of one checkpoint."""
+
+    def write(self) -> list[Path]:
+        """Write it; returns the files. No collective: it may run on another thread."""
+        ...
+
+    def finish(self) -> list[Path]:
+        """Once every rank has written, and on the thread of all collectives: further files that this rank wrote."""
+        ...
+
+
 class Policy(Protocol):
     """The model that is trained. Every method is collective: all ranks call it, in the same order."""
 
@@ -85,9 +97,9 @@ class Policy(Protocol):
         """Every parameter once, by its Hugging Face name, full and unsharded, on every rank."""
         ...
 
-    def save(self, path: Path, *, portable: bool) -> list[Path]:
-        """Write to the existing, empty directory `path`; returns the files that this rank wrote. A portable checkpoint can
-        be loaded under any layout of ranks."""
+    def take(self, path: Path, *, portable: bool, apart: bool) -> TakenPolicy:
+        """Its state at this moment, to be written to the existing, empty directory `path`; taken `apart`, the policy may
+        change before it is written. A portable checkpoint can be loaded under any layout of ranks."""
         ...
 
     def load(self, path: Path) -> None: ...

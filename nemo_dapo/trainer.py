@@ -24,7 +24,7 @@ from torch import Tensor
 from nemo_dapo import checkpoint, hf_folder
 from nemo_dapo.batching import minibatches
 from nemo_dapo.collectives import gather_json
-from nemo_dapo.config import OnFailedSave, Portable, Resume, RunConfig
+from nemo_dapo.config import Resume, RunConfig
 from nemo_dapo.controller import Controller
 from nemo_dapo.coordination import (
     StoppedError,
@@ -40,6 +40,7 @@ from nemo_dapo.phase import Phase
 from nemo_dapo.rollout.host import node_name
 from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan, require_accepted
 from nemo_dapo.rollout.weights.send import Sender
+from nemo_dapo.saves import Saves
 from nemo_dapo.stages import Stages
 from nemo_dapo.telemetry.memory import memory_record
 from nemo_dapo.telemetry.metrics import Last, Max, Mean, Metric, Sum, merge, merge_across_ranks, values
@@ -91,13 +92,13 @@ class DAPOTrainer:
         run save and end: after the step that it is in, or at once in a rollout."""
         self.phase, self.stop = phase or Phase(), stop or threading.Event()
         self.resumed = resumed
-        self.saved = resumed or 0  # rollout steps of the newest checkpoint
         self.config, self.policy, self.controller, self.group = config, policy, controller, group
         self.stages = Stages(policy, controller.engine if controller else None)
         self.replicas: list[int] = gather_json(policy.replica, group)  # each rank's
         self.hosts: list[str] = gather_json(node_name(), group)
         self.sender = Sender(lambda: hf_folder.expected_weights(Path(config.model.path)))
         self.checkpoints = run_dir / "checkpoints"
+        self.saves = Saves(config, self.checkpoints, group, last=resumed or 0)
         self.loss_fn = load_loss_fn(config.algorithm)
         self.progress = Progress()
         self.parity_checked = False
@@ -116,7 +117,8 @@ class DAPOTrainer:
             try:
                 self.step()
             except StoppedError:  # in the rollout: nothing was trained on yet, and its prompts are to come again
-                if self.saved != self.progress.rollout_steps:
+                self.finish_save(waits=True)
+                if self.saves.last != self.progress.rollout_steps:
                     self.save(state)
                 return
             self.evaluate_when_due()
@@ -279,9 +281,11 @@ class DAPOTrainer:
             self.add("eval/accuracy", Mean(sum(accuracies), len(accuracies)))
 
     def save_when_due(self) -> None:
-        every, step = self.config.checkpoint.every, self.progress.rollout_steps
-        if step == self.config.trainer.max_steps or (every and step % every == 0):
-            self.save(self.state())
+        step = self.progress.rollout_steps
+        due = self.saves.is_due(step)
+        self.finish_save(waits=due)
+        if due:
+            self.save(self.state(), behind=self.config.checkpoint.asynchronous and not self.saves.is_last(step))
 
     def state(self) -> dict[str, Any] | None:
         """What changes from step to step beside the policy, on rank 0."""
@@ -301,37 +305,22 @@ class DAPOTrainer:
         """Of the folder that the run started from."""
         return hf_folder.fingerprint(Path(self.config.model.path))
 
-    def save(self, state: dict[str, Any] | None) -> None:
-        """Write a checkpoint. Its seconds are in the next step's record.
+    def save(self, state: dict[str, Any] | None, *, behind: bool = False) -> None:
+        """Write a checkpoint, or begin to: one that is written `behind` the training is completed by `finish_save`.
 
-        Where it cannot be written, raises CheckpointError or, with checkpoint.on_failed_save=go_on, says so and goes on.
+        The training's seconds of it are in the next step's record. Raises what Saves does.
         """
         if self.controller is not None:
             self.controller.export_statistics()
             state = (state or {}) | self.origin()
-        step, keep = self.progress.rollout_steps, self.config.checkpoint.keep
-        try:
-            with self.timed("save"):
-                checkpoint.save(
-                    self.checkpoints,
-                    step,
-                    self.policy,
-                    state,
-                    keep=keep,
-                    group=self.group,
-                    portable=self.is_portable(step),
-                )
-            self.saved = step
-        except checkpoint.CheckpointError as error:
-            now = f"the last checkpoint is that of step {self.saved}" if self.saved else "there is no checkpoint yet"
-            if self.config.checkpoint.on_failed_save is OnFailedSave.stop:
-                raise found_alike(checkpoint.CheckpointError(f"{error}; {now}")) from error
-            if self.controller is not None:
-                log.error("%s; %s; the run goes on (checkpoint.on_failed_save=go_on)", error, now)
+        with self.timed("save"):
+            (self.saves.begin if behind else self.saves.save)(self.progress.rollout_steps, self.policy, state)
 
-    def is_portable(self, step: int) -> bool:
-        """Whether the checkpoint of `step` is to be loadable under any layout: its optimizer states must be gathered."""
-        return step == self.config.trainer.max_steps or self.config.checkpoint.portable is Portable.always
+    def finish_save(self, *, waits: bool) -> None:
+        """Complete the checkpoint that is written behind the training, if it is written or `waits`."""
+        if self.saves.writing is not None:
+            with self.timed("save"):
+                self.saves.finish(waits=waits)
 
     def resume(self) -> None:
         """Go on from the checkpoint of step `resumed`.

@@ -16,3 +16,19 @@ def tensors(run_dir: Path, step: int, prefix: str = "") -> dict[str, torch.Tenso
     loaded = {name: torch.empty(found[name].size, dtype=found[name].properties.dtype) for name in names}
     dcp.load(loaded, storage_reader=reader, no_dist=True)
     return loaded
+
+
+def differing(first: Path, second: Path) -> list[str]:
+    """Names of the files that two policies on disk do not both hold, byte for byte; the index, in which a random name and
+    its place stand, by what it says of tensors."""
+    names = {file.name for folder in (first, second) for file in folder.iterdir()}
+    return sorted(name for name in names if not _is_alike(first / name, second / name))
+
+
+def _is_alike(first: Path, second: Path) -> bool:
+    if not (first.exists() and second.exists()):
+        return False
+    if first.name == ".metadata":
+        one, other = (dcp.FileSystemReader(file.parent).read_metadata() for file in (first, second))
+        return (one.state_dict_metadata, one.storage_data) == (other.state_dict_metadata, other.storage_data)
+    return first.read_bytes() == second.read_bytes()

@@ -23,7 +23,7 @@ from tests.policy_scenarios import (
     VOCAB,
     Job,
     Layout,
-    _save,
+    _folder,
     logprobs_of_all,
     make_train_batch,
     weights_of,
@@ -89,13 +89,15 @@ def training(model: str) -> Callable[[Job], dict[str, Any]]:
         out |= {"adapters": adapters_of(policy), "merged": weights_of(policy), "scores": policy.logprobs(batch)}
         out["reference scores"] = policy.reference_logprobs(batch)
         out["scores after the reference"] = policy.logprobs(batch)
-        path = _save(job, policy, f"checkpoint-{model}")
+        path = _folder(job, f"checkpoint-{model}")
+        taken = policy.take(path, apart=True)
         policy.save_hf(job.folder / "models" / f"merged {model}")
         out["exported scores"] = job.policy(Layout(), f"merged {model}").logprobs(batch)
+        policy.update(batch, LOSS, None)
+        taken.complete()
         saved = dist_checkpointing.load_tensors_metadata(str(path))
         out["saved weights"] = sum(math.prod(t.global_shape) for n, t in saved.items() if not n.startswith("optimizer"))
         out["saved numbers"] = sum(math.prod(tensor.global_shape) for tensor in saved.values())
-        policy.update(batch, LOSS, None)
         resumed = adapted(job, model)
         resumed.load(path)
         out["resumed"] = weights_of(resumed)

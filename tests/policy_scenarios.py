@@ -15,11 +15,13 @@ import math
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from nemo_dapo.stages import NEXT
 from nemo_dapo.telemetry.memory import GIB
 from nemo_dapo.telemetry.metrics import values
 from nemo_dapo.types import Stage, TrainBatch
+from tests.checkpoints import differing
 from tests.provider_scenarios import provider_settings
 
 TIMEOUT_MINUTES = 2.0
@@ -367,24 +370,62 @@ def temperature(job: Job) -> Tensor:
 
 
 def _save(job: Job, policy: Any, name: str, *, portable: bool = True) -> Path:
+    path = _folder(job, name)
+    policy.take(path, portable=portable).complete()
+    return path
+
+
+def _folder(job: Job, name: str) -> Path:
     path = job.folder / name
     path.mkdir(exist_ok=True)
     dist.barrier()
-    policy.save(path, portable=portable)
     return path
 
 
 def checkpoint(layout: Layout, name: str, *, portable: bool = True) -> Callable[[Job], dict[str, Any]]:
-    """Update, save, update; then load into a fresh policy and update again."""
+    """Update, save, update; then load into a fresh policy and update again. Another one is taken beside the saved one and
+    written, by a thread, after the next update."""
 
     def scenario(job: Job) -> dict[str, Any]:
         batch, policy = make_train_batch(), job.policy(layout)
         policy.update(batch, LOSS, None)
         path = _save(job, policy, name, portable=portable)
+        behind = _folder(job, f"{name}-behind")
+        taken = policy.take(behind, portable=portable, apart=True)
         out = {"saved": weights_of(policy), "next_metrics": values(policy.update(batch, LOSS, None))}
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(taken.write).result()
+        dist.barrier()
+        taken.finish()
+        dist.barrier()
+        out["written behind differs in"] = differing(path, behind)
         return out | {"next": weights_of(policy)} | {"loaded": load_and_update(job, layout, path)}
 
     return scenario
+
+
+def refused_saves(job: Job) -> dict[str, str]:
+    """What is said where there is no memory for a copy, and where files must be smaller than they are."""
+    policy, said = job.policy(Layout()), {}
+    policy.update(make_train_batch(), LOSS, None)
+    with mock.patch("psutil.virtual_memory", return_value=mock.Mock(available=1000)):
+        said["no memory"] = _error(lambda: policy.take(_folder(job, "no memory"), apart=True))
+    taken = policy.take(_folder(job, "small files"), apart=True)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        said["small files"] = _error(taken.write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return said
+
+
+def _error(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
 
 
 def load_and_update(job: Job, layout: Layout, path: Path) -> dict[str, Any]:
@@ -828,6 +869,7 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
     1: {
         "first_step": first_step(Layout()),
         "checkpoint": checkpoint(Layout(), "ck1"),
+        "refused saves": refused_saves,
         "forgetful load": forgetful_load,
         "weights alone": weights_alone,
         "changed options": changed_options,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import errno
 import itertools
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,20 +21,34 @@ from nemo_dapo import checkpoint, digests
 
 
 class StubPolicy:
-    """Writes its one number; dies, or finds the disk full, in the middle of `save` when told to."""
+    """Writes its one number; dies, or finds the disk full, in the middle of it when told to. What is taken is another one
+    of these, or itself where it need not be apart."""
 
     def __init__(self, number: int = 0, dies: bool = False, fails: bool = False) -> None:
         self.number, self.dies, self.fails = number, dies, fails
+        self.may_write = threading.Event()
+        self.may_write.set()
 
-    def save(self, path: Path, *, portable: bool) -> list[Path]:
+    def take(self, path: Path, *, portable: bool, apart: bool) -> StubPolicy:
         assert not list(path.iterdir()), "Megatron writes into an empty directory"
-        (path / "half").write_text(f"half of {self.number}")
+        taken = copy.copy(self) if apart else self
+        taken.path = path
+        return taken
+
+    path: Path
+
+    def write(self) -> list[Path]:
+        self.may_write.wait(60)
+        (self.path / "half").write_text(f"half of {self.number}")
         if self.dies:
             raise KeyboardInterrupt("killed")
         if self.fails:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path / "number"))
-        (path / "number").write_text(f"{self.number} {'.' * 1000}")
-        return [path / "half", path / "number"]
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / "number"))
+        (self.path / "number").write_text(f"{self.number} {'.' * 1000}")
+        return [self.path / "half", self.path / "number"]
+
+    def finish(self) -> list[Path]:
+        return []
 
     def load(self, path: Path) -> None:
         self.number = int((path / "number").read_text().split()[0])
@@ -367,33 +383,123 @@ def test_an_old_one_that_cannot_be_removed_does_not_cost_the_new_one(
     assert "could not be removed: [Errno 13] Permission denied" in caplog.text
 
 
+# ------------------------------------------------------------------ behind the training
+
+
+def behind(folder: Path, step: int, policy: StubPolicy, state: dict[str, object]) -> checkpoint.Writing:
+    return checkpoint.save_behind(folder, step, policy, state, group=None, portable=True)  # type: ignore[arg-type]
+
+
+def held_policy(number: int, *, fails: bool = False) -> StubPolicy:
+    """One whose writing waits for `may_write`."""
+    policy = StubPolicy(number, fails=fails)
+    policy.may_write.clear()
+    return policy
+
+
+def test_what_is_saved_behind_the_training_is_all_of_its_own_step(tmp_path: Path) -> None:
+    policy, state = held_policy(4), {"answer": 4, "sampler": {"drawn": [1, 2]}}
+    writing = behind(tmp_path, 4, policy, state)
+    policy.number = 5
+    state["answer"] = 5
+    state["sampler"]["drawn"].append(3)  # type: ignore[index]
+    assert not writing.is_over()
+    policy.may_write.set()
+    assert writing.finish(keep=2) == tmp_path / "step_000004"
+    number, read = load(tmp_path, 4)
+    assert (number, read["answer"], read["sampler"]) == (4, 4, {"drawn": [1, 2]})
+    assert checkpoint.verify(tmp_path / "step_000004", None) == []
+
+
+def test_it_counts_and_costs_an_old_one_only_when_it_is_complete(tmp_path: Path) -> None:
+    save(tmp_path, 2, number=2)
+    policy = held_policy(4)
+    writing = behind(tmp_path, 4, policy, {})
+    policy.may_write.set()
+    writing.share.result(60)  # written, but not finished
+    assert names(tmp_path) == [".step_000004.writing", "step_000002"]
+    assert checkpoint.choose(tmp_path, None) == 2
+    writing.finish(keep=1)
+    assert names(tmp_path) == ["step_000004"]
+
+
+@pytest.mark.parametrize("has_written", [False, True])
+def test_a_kill_while_it_is_written_leaves_the_one_before_and_what_the_next_one_cleans(
+    tmp_path: Path, has_written: bool
+) -> None:
+    save(tmp_path, 2, number=2)
+    policy = held_policy(4)
+    writing = behind(tmp_path, 4, policy, {})
+    if has_written:
+        policy.may_write.set()
+        writing.share.result(60)
+    assert checkpoint.choose(tmp_path, None) == 2  # as the next start does
+    save(tmp_path, 6, number=6, keep=1)
+    assert names(tmp_path) == ["step_000006"]
+    policy.may_write.set()  # its thread ends
+
+
+def test_what_fails_behind_the_training_is_said_when_it_is_finished(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    writing = behind(tmp_path, 4, StubPolicy(fails=True), {})
+    with pytest.raises(OSError, match="No space left"):
+        writing.share.result(60)
+    assert writing.is_over()
+    with pytest.raises(checkpoint.CheckpointError, match=r"step_000004 was not written.*rank 0.*No space left"):
+        writing.finish(keep=1)
+    assert names(tmp_path) == ["step_000002"]
+
+
+def test_it_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    policy = held_policy(4)
+    writing = behind(tmp_path, 4, policy, {})
+    with pytest.raises(checkpoint.CheckpointError, match=r"its share was not written within 0 s"):
+        writing.finish(keep=1, timeout=0.01)
+    policy.may_write.set()
+
+
 # ------------------------------------------------------------------ two ranks
 
 
 class RankPolicy(StubPolicy):
     """One of two ranks; each writes a file of its own."""
 
-    def save(self, path: Path, *, portable: bool) -> list[Path]:
+    def write(self) -> list[Path]:
+        self.may_write.wait(60)
         if self.fails:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
-        file = path / f"rank_{dist.get_rank()}"
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(self.path))
+        file = self.path / f"rank_{dist.get_rank()}"
         file.write_text(str(self.number) * 1000)
         return [file]
 
 
+def outcome(work: Callable[[], object]) -> str:
+    try:
+        work()
+        return "written"
+    except checkpoint.CheckpointError as error:
+        return str(error)
+
+
 def two_ranks(rank: int, folder: Path, results: Path) -> None:
-    """A failed save on rank 1; two good ones; damage; all seen from either rank."""
+    """Failed saves of rank 1 and good ones, before and behind the training; damage; all seen from either rank."""
     dist.init_process_group(
         "gloo", init_method=f"file://{results}/meet", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
     )
     lines = []
-    for step, fails in ((2, True), (4, False), (8, False)):
+    for step, fails in ((2, True), (4, False)):
+        policy, state = RankPolicy(step, fails=fails and rank == 1), {"of": rank} if rank == 0 else None
+        lines.append(outcome(lambda p=policy, s=state, n=step: checkpoint.save(folder, n, p, s, keep=0, group=None)))  # type: ignore[misc]
+    for step, fails in ((10, True), (8, False)):  # behind the training; rank 1 is late
         policy = RankPolicy(step, fails=fails and rank == 1)
-        try:
-            checkpoint.save(folder, step, policy, {"of": rank} if rank == 0 else None, keep=0, group=None)  # type: ignore[arg-type]
-            lines.append("written")
-        except checkpoint.CheckpointError as error:
-            lines.append(str(error))
+        if rank == 1:
+            policy.may_write.clear()
+        writing = behind(folder, step, policy, {})
+        if rank == 0:
+            writing.share.result(60)
+        lines.append(f"over: {writing.is_over()}")
+        policy.may_write.set()
+        lines.append(outcome(lambda one=writing: one.finish(keep=0)))  # type: ignore[misc]
     if rank == 0:
         flip_a_bit(folder / "step_000008" / "policy" / "rank_1")
     dist.barrier()
@@ -408,7 +514,9 @@ def test_two_ranks_decide_alike(tmp_path: Path) -> None:
     first, second = ((tmp_path / f"rank_{rank}").read_text().splitlines() for rank in range(2))
     assert first == second
     assert "rank 1: OSError: [Errno 27] File too large" in first[0]
-    assert first[1:] == ["written", "written", "4"]
+    assert first[1:3] == ["written", "over: False"]
+    assert "step_000010 was not written: rank 1: OSError: [Errno 27] File too large" in first[3]
+    assert first[4:] == ["over: False", "written", "4"]
     assert sorted(digests.parse((folder / "step_000004" / "manifest.json").read_text())[1]) == [
         "policy/rank_0",
         "policy/rank_1",

@@ -5,6 +5,8 @@ Everything ran in child processes (`policy_scenarios.py`); a test here looks at 
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -155,10 +157,10 @@ def test_each_replica_trains_alike_on_its_share_of_the_batch(
 # ------------------------------------------------------------------ checkpoints
 
 
-@pytest.mark.parametrize(
-    ("ranks", "scenario"),
-    [(1, "checkpoint"), (2, "checkpoint pp2"), (4, "checkpoint"), (2, "by rank tp2"), (4, "by rank dp4")],
-)
+CHECKPOINTS = [(1, "checkpoint"), (2, "checkpoint pp2"), (4, "checkpoint"), (2, "by rank tp2"), (4, "by rank dp4")]
+
+
+@pytest.mark.parametrize(("ranks", "scenario"), CHECKPOINTS)
 def test_a_fresh_policy_continues_from_a_checkpoint_bit_for_bit(
     policy_runs: PolicyRuns, ranks: int, scenario: str
 ) -> None:
@@ -167,6 +169,20 @@ def test_a_fresh_policy_continues_from_a_checkpoint_bit_for_bit(
     assert equal(result["loaded"]["next"], result["next"])
     assert result["loaded"]["metrics"] == result["next_metrics"]
     assert not equal(result["next"], result["saved"])
+
+
+@pytest.mark.parametrize(("ranks", "scenario"), CHECKPOINTS)
+def test_a_checkpoint_taken_apart_and_written_after_the_next_update_is_the_same_bytes(
+    policy_runs: PolicyRuns, ranks: int, scenario: str
+) -> None:
+    assert policy_runs.get(ranks, scenario)["written behind differs in"] == []
+
+
+def test_a_save_without_room_is_refused_with_what_it_takes(policy_runs: PolicyRuns) -> None:
+    said = policy_runs.get(1, "refused saves")
+    assert re.search(r"a copy of this rank's share takes 0\.\d+ GB, .* 1 ranks .* 1e-06 GB", said["no memory"])
+    assert "set checkpoint.asynchronous=false" in said["no memory"]
+    assert "files may have at most 10000 bytes here (ulimit -f) and it takes about 0.0" in said["small files"]
 
 
 @pytest.mark.parametrize(("saved_by", "scenario"), [(1, "load from one rank"), (4, "load on one rank")])

@@ -9,7 +9,8 @@ import asyncio
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,25 @@ def rollout_of(uids: list[str]) -> Rollout:
     return Rollout(make_batch(groups, torch.tensor([[1.0, -1.0]] * len(uids))), groups, {"rollout/accuracy": 0.5})
 
 
+@dataclass
+class TakenStub:
+    """A policy's checkpoint: the number of its updates; written once `stub.may_write` is set."""
+
+    stub: Stub
+    path: Path
+    updates: str
+
+    def write(self) -> list[Path]:
+        self.stub.may_write.wait(60)
+        if self.stub.disk_full:
+            raise OSError(28, "No space left on device", str(self.path))
+        (self.path / "weights").write_text(self.updates)
+        return [self.path / "weights"]
+
+    def finish(self) -> list[Path]:
+        return []
+
+
 class Stub:
     """Policy, engine and controller in one, which write down what they were asked for."""
 
@@ -70,6 +90,9 @@ class Stub:
         self.records: list[dict[str, float]] = []
         self.gap, self.refuse, self.updates = gap, refuse, 0
         self.saved, self.disk_full = 0, False
+        self.taken: list[tuple[str, bool]] = []
+        self.may_write = threading.Event()
+        self.may_write.set()
         self.recorded_before_save: list[tuple[int, int]] = []
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -126,12 +149,10 @@ class Stub:
         self.records.append({"step": step, **metrics})
         self.recorded_before_save.append((step, self.saved))
 
-    def save(self, path: Path, *, portable: bool) -> list[Path]:
-        if self.disk_full:
-            raise OSError(28, "No space left on device", str(path))
+    def take(self, path: Path, *, portable: bool, apart: bool) -> TakenStub:
         self.saved += 1
-        (path / "weights").write_text("")
-        return [path / "weights"]
+        self.taken.append((path.parent.name, apart))
+        return TakenStub(self, path, str(self.updates))
 
     def load(self, path: Path) -> None:
         self.calls.append(f"load {path.parent.name}")
@@ -162,9 +183,9 @@ class StoppedInTheRollout(Stub):
     def state_dict(self) -> dict[str, Any]:
         return {"drawn": self.drawn}
 
-    def save(self, path: Path, *, portable: bool) -> list[Path]:
+    def take(self, path: Path, *, portable: bool, apart: bool) -> TakenStub:
         self.calls.append("save")
-        return super().save(path, portable=portable)
+        return super().take(path, portable=portable, apart=apart)
 
 
 def test_a_stop_in_the_rollout_saves_the_step_before_it_with_the_prompts_still_to_come(tmp_path: Path) -> None:
@@ -269,7 +290,7 @@ def saving_trainer(stub: Stub, folder: Path, resumed: int | None = None, **optim
     made = trainer(stub, folder)
     made.config.optimizer = OptimizerConfig(**optimizer)
     made.config.checkpoint.every = 1
-    made.resumed, made.saved = resumed, resumed or 0
+    made.resumed, made.saves.last = resumed, resumed or 0
     return made
 
 
@@ -317,6 +338,111 @@ def test_a_run_asked_to_stop_saves_and_ends_after_its_step(tmp_path: Path) -> No
     stopped.fit()
     assert [record["step"] for record in stub.records] == [1]
     assert checkpoint.latest(tmp_path / "checkpoints") == 1
+
+
+class Held(Stub):
+    """Whose checkpoints, taken apart, are not written before the training waits for one; `each_step` is done at its end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, each_step: Callable[[int], None] = lambda step: None) -> None:
+        super().__init__()
+        self.each_step = each_step
+        self.may_write.clear()
+        awaited = checkpoint.Writing._awaited
+
+        def released(writing: checkpoint.Writing, timeout: float | None) -> Any:
+            self.may_write.set()
+            return awaited(writing, timeout)
+
+        monkeypatch.setattr(checkpoint.Writing, "_awaited", released)
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        super().record(step, metrics)
+        self.each_step(step)
+
+    def take(self, path: Path, *, portable: bool, apart: bool) -> TakenStub:
+        self.calls.append("save")
+        return super().take(path, portable=portable, apart=apart)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": len(self.records)}
+
+
+def asynchronous_trainer(stub: Stub, folder: Path, steps: int, every: int) -> DAPOTrainer:
+    made = trainer(stub, folder)
+    made.config.trainer.max_steps, made.config.checkpoint.every = steps, every
+    made.config.checkpoint.asynchronous, made.config.checkpoint.keep = True, 0
+    return made
+
+
+def test_a_checkpoint_behind_the_training_is_of_its_step_and_counts_once_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, seen = tmp_path / "checkpoints", {}
+    stub = Held(monkeypatch, lambda step: seen.update({step: sorted(p.name for p in folder.glob("*step_*"))}))
+    made = asynchronous_trainer(stub, tmp_path, steps=5, every=2)
+    made.fit()
+    first = "step_000002"
+    assert seen == {
+        1: [],
+        2: [],
+        3: [f".{first}.writing"],
+        4: [f".{first}.writing"],
+        5: [".step_000004.writing", first],
+    }
+    assert stub.taken == [(f".{first}.writing", True), (".step_000004.writing", True), (".step_000005.writing", False)]
+    assert made.saves.last == 5
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("waited ")]
+    assert [line.split(" s ")[1] for line in said] == ["until the checkpoint of step 2 was written"]
+    for step in (2, 4, 5):
+        assert checkpoint.verify(folder / f"step_{step:06d}", None) == []
+        assert (folder / f"step_{step:06d}" / "policy" / "weights").read_text() == str(2 * step)
+        state = checkpoint.read_state(folder, step)
+        assert (state["drawn"], state["progress"]["optimizer_steps"]) == (step, 2 * step)
+
+
+@pytest.mark.parametrize("action", OnFailedSave)
+def test_what_fails_behind_the_training_is_said_at_the_end_of_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, action: OnFailedSave
+) -> None:
+    def fail_in_step_3(step: int) -> None:
+        stub.disk_full = step <= 3
+        if step == 3:
+            assert made.saves.writing is not None
+            stub.may_write.set()
+            assert made.saves.writing.share.exception(60) is not None
+
+    stub = Held(monkeypatch, fail_in_step_3)
+    made = asynchronous_trainer(stub, tmp_path, steps=6, every=2)
+    made.config.checkpoint.on_failed_save = action
+    if action is OnFailedSave.stop:
+        with pytest.raises(CheckpointError, match=r"step_000002 was not written.*No space left.*no checkpoint yet"):
+            made.fit()
+        assert [record["step"] for record in stub.records] == [1, 2, 3]
+    else:
+        made.fit()
+        assert "step_000002 was not written" in caplog.text
+        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
+
+
+def test_a_stop_waits_for_the_checkpoint_that_is_being_written_and_saves_no_second_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = Held(monkeypatch, lambda step: made.stop.set() if step == 2 else None)
+    made = asynchronous_trainer(stub, tmp_path, steps=5, every=2)
+    made.fit()
+    assert [record["step"] for record in stub.records] == [1, 2]
+    assert stub.calls.count("save") == 1
+    assert checkpoint.choose(tmp_path / "checkpoints", None) == made.saves.last == 2
+
+
+def test_a_stop_later_saves_the_step_that_it_ends_after_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = Held(monkeypatch, lambda step: made.stop.set() if step == 3 else None)
+    made = asynchronous_trainer(stub, tmp_path, steps=5, every=2)
+    made.fit()
+    assert stub.taken == [(".step_000002.writing", True), (".step_000003.writing", False)]
+    assert checkpoint.choose(tmp_path / "checkpoints", None) == made.saves.last == 3
 
 
 def test_changed_optimizer_options_are_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,7 +65,7 @@ def train_and_save(policy: Any, batch: TrainBatch, folder: Path, device: str) ->
     changed = (after - before).abs()[response_positions(batch)].mean()
     yield Line("log-probabilities moved by", float(changed), "nats", least=1e-4)
     (folder / "checkpoint").mkdir()
-    yield Line("save", seconds(lambda: policy.save(folder / "checkpoint"), device), "s")
+    yield Line("save", seconds(lambda: policy.take(folder / "checkpoint").complete(), device), "s")
     yield Line("export and write", seconds(lambda: policy.save_hf(folder / "exported"), device), "s")
     sizes: list[int] = []
     took = seconds(lambda: sizes.extend(weight.nbytes for _, weight in policy.export_weights()), device)

@@ -306,6 +306,8 @@ class CheckpointConfig:
     keep: int = number(2, at_least=0)  # newest ones; 0 = all
     # which can be loaded under other tensor and pipeline parallel sizes: gathered on few ranks, in more time and memory
     portable: Portable = Portable.last
+    # written while the training goes on, from a copy in host memory; the last one is not
+    asynchronous: bool = False
     resume: Resume = Resume.auto  # go on from the run's newest checkpoint, or never
     on_signal: bool = False  # SIGTERM, SIGINT and SIGUSR1 save before they end the run
     on_failed_save: OnFailedSave = OnFailedSave.stop  # a full disk ends the run, or it goes on without that checkpoint

@@ -1,4 +1,4 @@
-"""The policy: a Megatron-core GPTModel behind five verbs (logprobs, update, export_weights, save, load).
+"""The policy: a Megatron-core GPTModel behind five verbs (logprobs, update, export_weights, take, load).
 
 Every method is collective. Packed micro-batches run through Megatron's own schedules; the loss is summed over tokens and
 divided once, by Megatron, by the number of response tokens of the whole mini-batch over all data-parallel ranks
@@ -31,7 +31,7 @@ from nemo_dapo.collectives import gather_json
 from nemo_dapo.config import ModelConfig, OptimizerConfig, ParallelConfig, Precision
 from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
 from nemo_dapo.ledger import ServerMemory
-from nemo_dapo.megatron import adapters, checkpoint, weights
+from nemo_dapo.megatron import adapters, checkpoint, saving, weights
 from nemo_dapo.megatron.context_parallel import slice_microbatch
 from nemo_dapo.megatron.head import ScoringHead
 from nemo_dapo.megatron.memory import PolicyMemory
@@ -371,19 +371,18 @@ class MegatronPolicy:
         self.memory.require(Stage.score, Stage.train, Stage.sync)
         weights.save_hf_model(self.exporter.export(), self.source, path)
 
-    def save(self, path: Path, *, portable: bool = True) -> list[Path]:
-        """Write weights, optimizer and schedule to the existing directory `path`, sharded; returns this rank's files.
+    def take(self, path: Path, *, portable: bool = True, apart: bool = False) -> saving.Taken:
+        """Weights, optimizer and schedule, sharded, as they are to be written to the existing, empty directory `path`.
 
-        A portable one can be loaded under any layout; else tensor and pipeline parallel sizes must be these, and it is
-        written and read faster, in less host memory. In any stage: what is away from the device is read where it is.
-
-        Raises RuntimeError that names the cause.
+        A portable checkpoint can be loaded under any layout; else tensor and pipeline parallel sizes must be these, and it
+        is written and read faster, in less host memory. In any stage: what is away from the device is read where it is.
+        Taken `apart`, a copy: the policy may change before it is written. Raises RuntimeError that names the cause.
         """
         with self.memory.readable():
-            return checkpoint.save(path, self.model, self.optimizer, self.scheduler, portable=portable)
+            return saving.take(path, self.model, self.optimizer, self.scheduler, portable=portable, apart=apart)
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote, also under another data parallel size, or, where it is portable, any layout.
+        """Read what was taken and written, also under another data parallel size, or, where it is portable, any layout.
 
         Weights, moments and the number of steps are the checkpoint's, every option of the optimizer is this policy's. One
         that is not trainable reads the weights alone.
