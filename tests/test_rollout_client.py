@@ -24,7 +24,7 @@ from nemo_dapo.rollout import fleet as fleet_module
 from nemo_dapo.rollout import requests as requests_module
 from nemo_dapo.rollout import upkeep as upkeep_module
 from nemo_dapo.rollout.engine import VLLMEngine
-from nemo_dapo.rollout.fleet import MAX_RESTARTS, Fleet
+from nemo_dapo.rollout.fleet import MAX_RESTARTS, Fleet, SickError
 from nemo_dapo.rollout.progress import Progress
 from nemo_dapo.rollout.received import Received
 from nemo_dapo.rollout.requests import MAX_LATE, MAX_LOST, MAX_TRIES
@@ -673,6 +673,15 @@ def test_weights_that_change_between_the_look_and_the_load_are_not_loaded_again_
     engine.update_weights(WEIGHTS, 6)
     assert {span.version for (one,) in generate(engine, groups=4) for span in one.versions} == {6}
     assert (first.version, last.version, engine.restarts) == ("6", "6", 1)
+
+
+def test_a_run_ends_where_the_only_weights_that_there_are_were_changed(start, engine_over):
+    server = start()
+    damaged = stand.answer(b"parameter w has other bytes than were sent", 422)
+    server.sick_calls = {verify.ROUTE: [stand.answer(b""), damaged], "/update_weights": [stand.answer(b"", 500)]}
+    with pytest.raises(SickError, match=r"server 0 .*there are no weights for a server of node here"):
+        engine_over(StandInServers(server.url)).update_weights(WEIGHTS, 5)
+    assert server.calls.count("/update_weights") == 1
 
 
 def test_a_server_that_cannot_look_is_restarted_and_one_of_an_older_plugin_loads_without(start, engine_over):

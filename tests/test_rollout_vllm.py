@@ -15,8 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
@@ -27,10 +28,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nemo_dapo.rollout import client, control, wire
 from nemo_dapo.rollout.engine import VLLMEngine
-from nemo_dapo.rollout.weights.push import Held, push_weights
+from nemo_dapo.rollout.weights.push import Held, damage, push_weights
 from nemo_dapo.rollout.weights.store import DATA, read_table
 from nemo_dapo.types import Prompt, Sample, SamplingParams, VersionSpan
 from tests.conftest import TINY_VLLM, tiny_engine
+
+T = TypeVar("T")
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -382,7 +385,8 @@ def test_a_server_sleeps_once_and_wakes_once(vllm_engine, monkeypatch):
 
 
 def check_refusal(engine: VLLMEngine) -> None:
-    """A bit that flips in the node's memory is refused by the name of its tensor, and the server is not resumed."""
+    """A bit that flips in the node's memory is found, by the name of its tensor, while the server serves; later it is found
+    at the load, and the server is not resumed."""
     folder, server = Path(engine.servers.places()[0].folder), engine.servers.servers[0]
     table = read_table(folder)
     victim = table.entries[len(table.entries) // 2]
@@ -392,16 +396,25 @@ def check_refusal(engine: VLLMEngine) -> None:
         file.seek(victim.offset)
         file.write(bytes([byte ^ 1]))
 
-    async def take() -> None:
-        async with control.client(server.url, engine.servers.headers) as http:
-            await push_weights(http, Held(table.version, str(folder), table.digest), time.monotonic() + 60)
+    def told(what: Callable[..., Coroutine[Any, Any, T]]) -> T:
+        async def tell() -> T:
+            async with control.client(server.url, engine.servers.headers) as http:
+                return await what(http, Held(table.version, str(folder), table.digest), time.monotonic() + 60)
 
-    with pytest.raises(RuntimeError, match=r"/update_weights of .* failed"):
-        asyncio.run(take())
+        return asyncio.run(tell())
+
+    def is_paused() -> bool:
+        answer = httpx.get(server.url + "/is_paused", headers=engine.servers.headers, trust_env=False)
+        return bool(answer.json()["is_paused"])
+
     said = f"parameter {victim.name} has other bytes than were sent"
+    assert said in told(damage)
+    assert not is_paused()
+    assert sample(engine)
+    with pytest.raises(RuntimeError, match=r"/update_weights of .* failed"):
+        told(push_weights)
     assert wait_until(lambda: said in server.log_path.read_text())
-    paused = httpx.get(server.url + "/is_paused", headers=engine.servers.headers, trust_env=False).json()
-    assert paused == {"is_paused": True}
+    assert is_paused()
 
 
 def test_logprobs_equal_hugging_face_before_and_after_an_update_with_untied_embeddings(tiny_models, tmp_path):
