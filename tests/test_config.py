@@ -435,6 +435,15 @@ def test_the_demo_of_a_mixture_deals_its_experts_to_its_two_ranks(model: Path) -
     assert run.optimizer.lr == compose("experiment=demo", f"model.path={model}").optimizer.lr
 
 
+def test_the_demo_of_adapters_is_the_demo_at_another_rate(model: Path) -> None:
+    run, plain = (compose(f"experiment={name}", f"model.path={model}") for name in ("demo_lora", "demo"))
+    validate(run, world_size=2)
+    assert (run.model.lora.rank, run.optimizer.lr > plain.optimizer.lr) == (16, True)
+    run.model.lora, run.optimizer.lr = plain.model.lora, plain.optimizer.lr
+    run.name, run.output_dir = plain.name, plain.output_dir
+    assert run == plain
+
+
 def test_a_request_for_anything_but_one_run_is_left_to_hydra() -> None:
     for arguments in (["--cfg", "all"], ["--info", "searchpath"], ["--hydra-help"], ["--config-name", "mine"]):
         assert entry.composed(CONF / "config.yaml", arguments) is None

@@ -41,7 +41,7 @@ from nemo_dapo.data.formats import arithmetic
 from nemo_dapo.data.formats.arithmetic import Sum, generate, imperfect_solution
 
 EXPERIMENT = Path(__file__).parents[2] / "conf" / "experiment" / "demo.yaml"  # the other demos' problems are its
-EXPERTS = {"demo": 0, "demo_moe": 4}
+EXPERTS = {"demo": 0, "demo_lora": 0, "demo_moe": 4}
 MANIFEST = "warm_start.json"
 PAD, EOS = 0, 1
 IGNORED = -100  # cross_entropy's mark for positions without a target
