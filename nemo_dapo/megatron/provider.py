@@ -198,6 +198,8 @@ def plain_torch() -> dict[str, Any]:
     return {
         "transformer_layer_spec": local_block_spec,
         "use_cpu_initialization": not torch.cuda.is_available(),
+        # The interleaved schedule lets go of what it is still sending, and gloo reads it from where it lay.
+        "deallocate_pipeline_outputs": torch.cuda.is_available(),
         "persist_layer_norm": False,
         "apply_rope_fusion": False,
         # Grouped products and the permutation of tokens to experts exist in Transformer Engine alone.
