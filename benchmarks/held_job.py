@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_dapo.phase import Phase
-from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
+from nemo_dapo.rollout.weights.plan import Seat, Sent, UpdatePlan
 from nemo_dapo.types import Prompt, Sample, SamplingParams
 
 FOLDER, PHASE, SECONDS, ENGINE = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4]
@@ -42,7 +42,7 @@ class ScriptedEngine:
         tokens = tuple(random.randrange(2, 250) for _ in range(length))
         return Sample(tokens, (0.0,) * length, "length")
 
-    def begin_update(self, version: int, hosts: Sequence[str]) -> UpdatePlan:
+    def begin_update(self, version: int, seats: Sequence[Seat]) -> UpdatePlan:
         self.version = version
         return UpdatePlan(version, "float32", 0.0, "")
 

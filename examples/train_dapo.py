@@ -232,6 +232,7 @@ def prepare(cfg: DictConfig) -> RunConfig:
 
     config = schema.typed(cfg)
     check(config)
+    sharing.require_devices(config.rollout, os.environ)
     config.rollout = sharing.with_sleep(config)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     return config

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,3 +32,25 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]
     dist.all_gather_into_tensor(everyone, padded, group=group)
     rows = everyone.view(world, longest).cpu()
     return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+
+class Neighbours:
+    """The ranks of this rank's host, in a gloo group of their own; `hosts` are all ranks'. Making it is collective."""
+
+    def __init__(self, hosts: Sequence[str], seconds: float) -> None:
+        """`seconds` bound each collective among them."""
+        rank = dist.get_rank()
+        self.host = hosts[rank]
+        self.is_first = hosts.index(self.host) == rank
+        for host in dict.fromkeys(hosts):
+            ranks = [number for number, one in enumerate(hosts) if one == host]
+            group = dist.new_group(ranks, timeout=datetime.timedelta(seconds=seconds), backend="gloo")
+            if host == self.host:
+                self.group = group
+
+    def meet(self, seconds: float) -> None:
+        """Wait for all of them; raises RuntimeError, which names who did not come, after `seconds`."""
+        dist.monitored_barrier(self.group, timeout=datetime.timedelta(seconds=seconds))
+
+    def gather(self, value: Any) -> list[Any]:
+        return gather_json(value, self.group)

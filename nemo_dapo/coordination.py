@@ -8,11 +8,12 @@ fails says so as its last word; one that cannot reach another rank any more stop
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -65,6 +66,15 @@ def lead(
 def found_alike(error: Exception) -> Exception:
     """What to raise for an error that every rank finds at once: rank 0 says it, the others leave the word to it."""
     return error if dist.get_rank() == 0 else LeaderFailedError(f"as rank 0 says: {error}")
+
+
+@contextlib.contextmanager
+def found_by_all() -> Iterator[None]:
+    """A ValueError inside is one that every rank finds at once."""
+    try:
+        yield
+    except ValueError as error:
+        raise found_alike(error) from error
 
 
 async def never() -> Any:

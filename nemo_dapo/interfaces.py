@@ -13,7 +13,7 @@ from nemo_dapo.types import Draft, Prompt, Sample, SamplingParams, Stage, TrainB
 
 if TYPE_CHECKING:
     from nemo_dapo.batching import MicroBatch
-    from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
+    from nemo_dapo.rollout.weights.plan import Seat, Sent, UpdatePlan
 
 LossFn = Callable[[Tensor, Tensor | None, "MicroBatch"], tuple[Tensor, dict[str, Tensor]]]
 """(logprobs [T], entropy [T] or None, micro-batch) -> (loss summed over its response tokens, sums of metrics).
@@ -114,8 +114,8 @@ class RolloutEngine(Protocol):
         """`n` samples; with `drafts`, one each, from what these have, which are kept up to date meanwhile."""
         ...
 
-    def begin_update(self, version: int, hosts: Sequence[str]) -> UpdatePlan:
-        """Who sends the weights of `version` to whom, given each rank's host."""
+    def begin_update(self, version: int, seats: Sequence[Seat]) -> UpdatePlan:
+        """Who sends the weights of `version` to whom, given where each rank is."""
         ...
 
     def finish_update(self, everyone: Sequence[Sent]) -> None:

@@ -24,11 +24,12 @@ from torch import Tensor
 from nemo_dapo import checkpoint, hf_folder
 from nemo_dapo.batching import minibatches
 from nemo_dapo.collectives import gather_json
-from nemo_dapo.config import Resume, RunConfig
+from nemo_dapo.config import Resume, RunConfig, Transport
 from nemo_dapo.controller import Controller
 from nemo_dapo.coordination import (
     StoppedError,
     found_alike,
+    found_by_all,
     is_true_anywhere,
     lead,
     never,
@@ -37,8 +38,10 @@ from nemo_dapo.coordination import (
 from nemo_dapo.interfaces import NonFiniteGradientError, Policy
 from nemo_dapo.losses import load_loss_fn
 from nemo_dapo.phase import Phase
+from nemo_dapo.rollout.command import DTYPES
 from nemo_dapo.rollout.host import node_name
-from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan, require_accepted
+from nemo_dapo.rollout.weights.direct import Direct, gpu_uuid
+from nemo_dapo.rollout.weights.plan import Seat, Sent, UpdatePlan, require_accepted
 from nemo_dapo.rollout.weights.send import Sender
 from nemo_dapo.saves import Saves
 from nemo_dapo.stages import Stages
@@ -95,8 +98,11 @@ class DAPOTrainer:
         self.config, self.policy, self.controller, self.group = config, policy, controller, group
         self.stages = Stages(policy, controller.engine if controller else None)
         self.replicas: list[int] = gather_json(policy.replica, group)  # each rank's
-        self.hosts: list[str] = gather_json(node_name(), group)
-        self.sender = Sender(lambda: hf_folder.expected_weights(Path(config.model.path)))
+        is_direct = config.rollout.transport is Transport.device and not config.rollout.replay
+        mine = [node_name(), gpu_uuid() if is_direct else ""]
+        self.seats = [Seat(*one) for one in gather_json(mine, group)]
+        direct = Direct.on_gpu(self.seats, config.rollout.sync_timeout) if is_direct else None
+        self.sender = Sender(lambda: hf_folder.expected_weights(Path(config.model.path)), direct=direct)
         self.checkpoints = run_dir / "checkpoints"
         self.saves = Saves(config, self.checkpoints, group, last=resumed or 0)
         self.loss_fn = load_loss_fn(config.algorithm)
@@ -244,13 +250,14 @@ class DAPOTrainer:
         engine = None if self.controller is None else self.controller.engine
         with self.timed("sync"):
             self.stages.enter(Stage.sync)
-            plan = self.share_plan(engine.begin_update(self.progress.rollout_steps, self.hosts) if engine else None)
+            if self.sender.direct and not self.sender.has_looked:
+                with found_by_all():
+                    self.sender.look(self.policy.export_weights(), DTYPES[self.config.model.precision])
+            plan = self.share_plan(engine.begin_update(self.progress.rollout_steps, self.seats) if engine else None)
             sent = self.sender.send(self.policy.export_weights(), plan, dist.get_rank())
             everyone = [Sent.of_json(one) for one in gather_json(sent.as_json(), self.group)]
-            try:
+            with found_by_all():
                 require_accepted(everyone)
-            except ValueError as refused:
-                raise found_alike(refused) from refused
             if engine is not None:
                 engine.finish_update(everyone)
             self.stages.enter(Stage.generate)

@@ -56,8 +56,11 @@ def tiny_engine(model_path: Path, run_dir: Path, **rollout: object) -> VLLMEngin
 def vllm_engine(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMEngine]:
     """The one server of the session, on `tiny_models["tied"]`. Its weights are whatever the last test left: a test that
     looks at numbers pushes the weights it means first (`update_weights`, about 0.1 s)."""
-    with tiny_engine(tiny_models["tied"], tmp_path_factory.mktemp("vllm_run")) as engine:
-        yield engine
+    with pytest.MonkeyPatch.context() as patch:
+        root = Path(__file__).parents[1]
+        patch.setenv("PYTHONPATH", f"{root / 'tests' / 'vllm_site'}:{root}", prepend=":")
+        with tiny_engine(tiny_models["tied"], tmp_path_factory.mktemp("vllm_run")) as engine:
+            yield engine
 
 
 @pytest.fixture(scope="session")

@@ -10,21 +10,24 @@ import sys
 import urllib.parse
 from pathlib import Path
 
+from nemo_dapo.rollout.challenge import NONCE_PARAMETER, proof
 from nemo_dapo.rollout.weights import verify
+from tests.stand_in_server import Handler, StandIn, frames, say
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """#!/bin/sh
 export PYTHONPATH={root}
 case "$*" in
   *nemo_dapo.rollout.probe*) {probe} ;;
-  *) exec {python} -m tests.stand_in_vllm "$@" ;;
+  *) exec {python} -m {module} "$@" ;;
 esac
 """
 
 
-def interpreter(path: Path, probe: str = "") -> str:
-    """A program that says what versions it has, or does `probe` instead, and otherwise runs the stand-in server."""
-    path.write_text(SCRIPT.format(root=ROOT, python=sys.executable, probe=probe or f'exec {sys.executable} "$@"'))
+def interpreter(path: Path, probe: str = "", module: str = "tests.stand_in_vllm") -> str:
+    """A program that says what versions it has, or does `probe` instead, and otherwise runs a stand-in server, `module`."""
+    probe = probe or f'exec {sys.executable} "$@"'
+    path.write_text(SCRIPT.format(root=ROOT, python=sys.executable, probe=probe, module=module))
     path.chmod(0o755)
     return str(path)
 
@@ -38,29 +41,32 @@ def damage(version: int, folder: str, digest: str) -> str:
         return str(problem)
 
 
-def main() -> None:
-    from nemo_dapo.rollout.challenge import NONCE_PARAMETER, proof
-    from tests.stand_in_server import Handler, StandIn, frames, say
+class Server(StandIn):
+    """On the port of vLLM's command line."""
 
-    def current(handler: Handler) -> None:
-        """A good answer under the weights that the server was given last."""
-        say(handler, frames(version=int(handler.server.version)))
+    def __init__(self) -> None:
+        super().__init__(current, port=int(sys.argv[sys.argv.index("--port") + 1]))
 
-    class Server(StandIn):
-        def control(self, handler: Handler) -> None:
-            where = urllib.parse.urlsplit(handler.path)
-            if where.path == "/health":
-                nonce = urllib.parse.parse_qs(where.query)[NONCE_PARAMETER][0]
-                say(handler, proof(os.environ["VLLM_API_KEY"], nonce, self.server_address[1]))
-            elif where.path == verify.ROUTE and (wrong := damage(**handler.body)):
-                say(handler, wrong.encode(), 422)
-            elif where.path == "/update_weights" and damage(**handler.body["update_info"]):
-                say(handler, b"", 500)
-            else:
-                super().control(handler)
+    def control(self, handler: Handler) -> None:
+        where = urllib.parse.urlsplit(handler.path)
+        if where.path == "/health":
+            nonce = urllib.parse.parse_qs(where.query)[NONCE_PARAMETER][0]
+            say(handler, proof(os.environ["VLLM_API_KEY"], nonce, self.server_address[1]))
+        elif where.path == verify.ROUTE and (wrong := damage(**handler.body)):
+            say(handler, wrong.encode(), 422)
+        elif where.path == "/update_weights" and self.refuses(**handler.body["update_info"]):
+            say(handler, b"", 500)
+        else:
+            super().control(handler)
 
-    Server(current, port=int(sys.argv[sys.argv.index("--port") + 1])).thread.join()
+    def refuses(self, version: int, folder: str, digest: str, **others: object) -> bool:
+        return bool(damage(version, folder, digest))
+
+
+def current(handler: Handler) -> None:
+    """A good answer under the weights that the server was given last."""
+    say(handler, frames(version=int(handler.server.version)))
 
 
 if __name__ == "__main__":
-    main()
+    Server().thread.join()

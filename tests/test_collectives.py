@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nemo_dapo import collectives
-from nemo_dapo.collectives import gather_json
+from nemo_dapo.collectives import Neighbours, gather_json
 from nemo_dapo.telemetry.metrics import Last, Max, Mean, Min, Sum, merge_across_ranks, values
 
 PACKAGE = Path(collectives.__file__).parent
@@ -25,6 +25,14 @@ def _rank(rank: int, folder: Path) -> None:
     merged = values(merge_across_ranks(record | ({"last": Last(5.0)} if rank == 1 else {})))
     assert math.isnan(merged.pop("max"))
     assert merged == {"mean": 0.5, "sum": 3, "min": 0, "last": 5.0}
+    near = Neighbours(["a", "b", "a"], 30.0)
+    assert (near.host, near.is_first) == [("a", True), ("b", True), ("a", False)][rank]
+    assert near.gather(rank) == ([1] if rank == 1 else [0, 2])
+    near.meet(30.0)
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"[Rr]ank 1 failed to pass monitoredBarrier"):  # of the two on "a"
+            near.meet(0.5)
+    dist.barrier()
     collectives.MAX_BYTES = 100
     with pytest.raises(ValueError, match=r"rank 1 has 202 bytes to share, at most 100"):
         gather_json("x" * 200 if rank == 1 else "")

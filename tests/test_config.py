@@ -115,6 +115,7 @@ def test_benchmarks_join_the_sets_that_are_named_otherwise() -> None:
         (["benchmark=[aime24]", "evaluation.temperature=0"], 1, "evaluation.samples=32 with evaluation.temperature=0"),
         (["benchmark=[aime24]", "evaluation.checkpoint=nowhere"], 1, "evaluation.checkpoint='nowhere' has no folder"),
         (["benchmark=[aime24]", "model.path=nowhere"], 1, "model.path='nowhere' has no config.json"),
+        (["benchmark=[aime24]", "rollout.transport=device"], 1, "transport=device is of a trainer's ranks"),
     ],
 )
 def test_an_evaluation_that_cannot_be_is_refused_before_it_starts(
@@ -504,6 +505,10 @@ def test_an_interpreter_for_vllm_that_does_not_exist_is_refused(
         (
             ["rollout.placement=attach", "rollout.servers=['http://localhost:1','http://localhost:1']"],
             "names a server twice",
+        ),
+        (
+            ["rollout.placement=attach", "rollout.servers=['http://localhost:1']", "rollout.transport=device"],
+            "rollout.transport=device sends into the GPUs of servers that the run started",
         ),
         (["rollout.min_servers=3", "rollout.num_servers=2"], "rollout.min_servers=3 exceeds the 2 server(s)"),
         (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nemo_dapo.config import Offload, Placement, Precision, RolloutConfig, RunConfig, TrainerConfig
+from nemo_dapo.config import Offload, Placement, Precision, RolloutConfig, RunConfig, TrainerConfig, Transport
 from nemo_dapo.ledger import Reading, ServerMemory, shortage
 from nemo_dapo.rollout import sharing
 from nemo_dapo.telemetry.memory import GIB
@@ -109,6 +109,38 @@ def test_generation_during_updates_is_refused_on_the_trainer_s_gpus(gpus: None) 
     config.rollout.max_staleness = 1
     with pytest.raises(ValueError, match=r"max_staleness=1 .* rollout\.visible_devices"):
         sharing.with_sleep(config)
+
+
+def test_nccl_is_needed_where_weights_go_to_devices_that_are_not_the_trainer_s(gpus: None) -> None:
+    shared, elsewhere = config_of().rollout, config_of(["4,5", "6,7"]).rollout
+    assert not sharing.needs_nccl(shared)
+    assert not sharing.needs_nccl(elsewhere)
+    shared.transport = elsewhere.transport = Transport.device
+    assert not sharing.needs_nccl(shared)
+    assert sharing.needs_nccl(elsewhere)
+    shared.placement = Placement.dedicated
+    assert sharing.needs_nccl(shared)
+
+
+def test_memory_that_cuda_ipc_cannot_share_is_refused_where_servers_are_to_read_from_it(gpus: None) -> None:
+    shared, elsewhere = config_of().rollout, config_of(["4,5", "6,7"]).rollout
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"}
+    sharing.require_devices(shared, environment)
+    shared.transport = elsewhere.transport = Transport.device
+    sharing.require_devices(shared, {})
+    sharing.require_devices(elsewhere, environment)
+    with pytest.raises(ValueError, match=r"expandable_segments:True .* unset it, or set rollout\.transport=host"):
+        sharing.require_devices(shared, environment)
+
+
+def test_weights_to_devices_are_refused_on_a_cpu_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False), __version__="2.13.0+cpu")
+    monkeypatch.setattr(sharing, "torch", nothing)
+    config = config_of().rollout
+    sharing.require_devices(config, {})
+    config.transport = Transport.device
+    with pytest.raises(ValueError, match=r"torch 2\.13\.0\+cpu finds none on this host; set rollout\.transport=host"):
+        sharing.require_devices(config, {})
 
 
 def test_on_a_cpu_host_nothing_is_shared_and_the_option_still_moves_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,15 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import psutil
 import pytest
 
 import nemo_dapo
-from nemo_dapo.config import Placement, RolloutConfig
-from nemo_dapo.rollout import host
+from nemo_dapo.config import Placement, RolloutConfig, Transport
+from nemo_dapo.rollout import holdings, host, probe
 from nemo_dapo.rollout.agent import ENDED, LOST, REFUSED
 from nemo_dapo.rollout.agreement import Terms, refuse_node, refuse_report, refuse_version
 from nemo_dapo.rollout.hub import CallFailedError, NodeLostError, listening_socket
@@ -116,7 +117,18 @@ def test_a_node_with_another_model_or_another_nccl_is_refused_with_what_differs(
         if refusal:
             assert "NCCL 2.27.5" in refusal.reason
             assert "2.28.3" in refusal.reason
-    assert refuse_report(replace(REPORT, nccl=""), replace(TERMS, nccl="2.28.3")) is None
+    none = refuse_report(replace(REPORT, nccl=""), replace(TERMS, nccl="2.28.3"))
+    assert none
+    assert "no NCCL, the trainer has 2.28.3" in none.reason
+
+
+def test_a_vllm_that_takes_whole_updates_alone_is_refused_where_pieces_are_to_come():
+    for vllm, is_refused in (("0.20.1", True), ("0.9.2", True), ("0.21.0", False), ("0.32.0", False), ("1.0.0", False)):
+        report = replace(REPORT, vllm=vllm)
+        assert refuse_report(report, TERMS) is None
+        refusal = refuse_report(report, replace(TERMS, is_direct=True))
+        assert bool(refusal) is is_refused
+        assert not refusal or "rollout.transport=host" in refusal.reason
 
 
 def test_gpus_are_named_by_uuid_as_the_visible_devices_leave_them():
@@ -127,6 +139,43 @@ def test_gpus_are_named_by_uuid_as_the_visible_devices_leave_them():
     assert host.visible(gpus, "0,7,1") == ["GPU-a1"]  # CUDA stops at the first that there is not
     assert host.visible(gpus, "GPU-a,0") == []  # two begin so
     assert host.visible(gpus, "") == []
+
+
+def test_a_node_says_which_gpu_each_worker_of_its_servers_is_on(monkeypatch):
+    monkeypatch.setattr(host, "gpu_uuids", lambda environment: ["g0", "g1", "g2", "g3"] if not environment else [])
+    config = RolloutConfig(visible_devices=["2,3", "g1,g0"], vllm={"tensor_parallel_size": 2})
+    assert holdings.gpus_of(config) == [["g2", "g3"], ["g1", "g0"]]
+    config.vllm = {}
+    assert holdings.gpus_of(config) == [["g2"], ["g1"]]  # vLLM leaves the second one alone
+
+
+def test_a_node_without_gpus_is_refused_where_weights_are_to_go_into_them(nodes, tmp_path):
+    run = nodes(probe="""echo '{"package": "x", "vllm": "0.32.0", "torch": "2.13.0+cpu", "nccl": ""}'""")
+    for transport, is_refused in ((Transport.host, False), (Transport.device, True)):
+        run.rollout.transport = transport
+        report, held = holdings.prepare(run.plan(0, "n1"), TOKEN, "n1", "127.0.0.1", ["g0"], str(tmp_path), tmp_path)
+        assert any("rollout.transport=device" in problem for problem in report.problems) is is_refused
+        assert held is None  # another package's version
+
+
+def test_the_library_that_is_chosen_says_the_version_of_nccl(monkeypatch):
+    versions = {"nvidia-nccl-cu12": "2.26.2.post1"}
+    monkeypatch.setattr(probe, "version", lambda *names: next((versions[n] for n in names if n in versions), ""))
+    monkeypatch.delenv("VLLM_NCCL_SO_PATH", raising=False)
+    assert probe.nccl() == "2.26.2"
+    opened = []
+
+    def library(path: str) -> SimpleNamespace:
+        opened.append(path)
+        return SimpleNamespace(ncclGetVersion=lambda number: setattr(number._obj, "value", 22803))
+
+    monkeypatch.setattr(probe.ctypes, "CDLL", library)
+    monkeypatch.setenv("VLLM_NCCL_SO_PATH", "/opt/libnccl.so.2")
+    assert probe.nccl() == "2.28.3"
+    monkeypatch.delenv("VLLM_NCCL_SO_PATH")
+    versions.clear()
+    assert probe.nccl() == "2.28.3"
+    assert opened == ["/opt/libnccl.so.2", "libnccl.so.2"]
 
 
 def test_every_server_gets_gpus_of_its_own_or_the_node_says_how_many_it_lacks():

@@ -28,10 +28,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nemo_dapo.rollout import client, control, wire
 from nemo_dapo.rollout.engine import VLLMEngine
+from nemo_dapo.rollout.weights.direct import Direct
+from nemo_dapo.rollout.weights.plan import Seat, Target
 from nemo_dapo.rollout.weights.push import Held, damage, push_weights
+from nemo_dapo.rollout.weights.send import Sender
 from nemo_dapo.rollout.weights.store import DATA, read_table
 from nemo_dapo.types import Prompt, Sample, SamplingParams, VersionSpan
 from tests.conftest import TINY_VLLM, tiny_engine
+from tests.stand_in_devices import HostMemory, Neighbours
 
 T = TypeVar("T")
 
@@ -110,6 +114,30 @@ def check_update(engine: VLLMEngine, path: Path) -> None:
 
 def test_logprobs_equal_hugging_face_before_and_after_an_update_with_tied_embeddings(vllm_engine, tiny_models):
     check_update(vllm_engine, tiny_models["tied"])
+
+
+@pytest.mark.parametrize("gpu", ["shared", "its own"])
+def test_an_update_that_comes_in_pieces_to_the_server_s_devices_is_loaded_as_one(
+    vllm_engine, tiny_models, monkeypatch, gpu
+):
+    """Devices and NCCL are stand-ins on both sides (`vllm_site`); vLLM, its routes and its loading of a model are not."""
+    name, engine = "vLLM server 0", vllm_engine
+    server = engine.servers.servers[0]
+    monkeypatch.setattr(engine.upkeep, "target", lambda index: Target(name, server.url, (gpu,), "2.28.3", server.pid))
+    direct = Direct(HostMemory(), Neighbours("here", 1).as_rank(0), "shared", 1 << 14)  # type: ignore[arg-type]
+    sender = Sender(engine.sender.expected, direct=direct)
+    for change in (0.1, 0.2):
+        model = hf_model(tiny_models["tied"], change)
+        plan = engine.begin_update(engine.version + 1, [Seat("here", "shared")])
+        assert [target.host for target in plan.targets] == ["here" if gpu == "shared" else ""]
+        sent = sender.send(model.named_parameters(), plan, 0)
+        assert [(one.name, one.fault) for one in sent.outcomes] == [(name, "")]
+        engine.finish_update([sent])
+        samples = sample(engine)
+        assert gap(model, samples) < LOGPROB_TOLERANCE
+        assert {span.version for one in samples for span in one.versions} == {plan.version}
+    sender.close()
+    assert engine.restarts == 0
 
 
 def test_logprobs_are_those_of_the_sampled_distribution_at_another_temperature(vllm_engine, tiny_models):

@@ -72,7 +72,7 @@ def test_every_node_receives_the_same_bytes_whether_over_the_network_or_on_the_h
         for version in (1, 2):  # into the same memory
             plan = plan_for(near.place(), far_place, farther_place, version=version)
             outcomes = sender.send(weights(version).items(), plan, 0).outcomes
-            assert [one.node for one in outcomes] == ["near", "far", "farther"]
+            assert [one.name for one in outcomes] == ["near", "far", "farther"]
             assert len({one.digest for one in outcomes}) == 1
             for store in (near, far, farther):
                 assert arrived(store, version, outcomes[0].digest)
@@ -144,7 +144,7 @@ def test_a_receiver_that_is_stopped_or_dead_is_dropped_with_its_name_while_the_o
     if how == signal.SIGKILL:
         running.wait()
     outcomes = send(plan_for(sick, place)).outcomes
-    assert outcomes[0].node == "sick"
+    assert outcomes[0].name == "sick"
     assert said in outcomes[0].fault
     assert arrived(store, 1, outcomes[1].digest)
 

@@ -281,9 +281,9 @@ class Ahead(Stub):
         right = {"w": 0, "k": 1, "r": len(samples)}["wkkr"[prompt.metadata["i"] % 4]]
         return [Verdict(k < right) for k in range(len(samples))]
 
-    def begin_update(self, version: int, hosts: Any) -> Any:
+    def begin_update(self, version: int, seats: Any) -> Any:
         self.pushed = version
-        return super().begin_update(version, hosts)
+        return super().begin_update(version, seats)
 
     def finish_update(self, everyone: Any) -> None:
         self.version = self.pushed

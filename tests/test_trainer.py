@@ -37,7 +37,7 @@ from nemo_dapo.config import (
 from nemo_dapo.controller import Rollout
 from nemo_dapo.interfaces import NonFiniteGradientError
 from nemo_dapo.rollout.host import node_name
-from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
+from nemo_dapo.rollout.weights.plan import Seat, Sent, UpdatePlan
 from nemo_dapo.stages import check_order
 from nemo_dapo.telemetry.metrics import Mean
 from nemo_dapo.trainer import DAPOTrainer
@@ -98,8 +98,8 @@ class Stub:
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "weight", torch.zeros(1)
 
-    def begin_update(self, version: int, hosts: Any) -> UpdatePlan:
-        assert hosts == [node_name()]
+    def begin_update(self, version: int, seats: Any) -> UpdatePlan:
+        assert seats == [Seat(node_name())]
         self.calls.append(f"weights {version}")
         return UpdatePlan(version, "float32", 9.0, "")
 

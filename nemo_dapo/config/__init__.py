@@ -30,6 +30,7 @@ from nemo_dapo.config.schema import (
     RunConfig,
     SequenceRatio,
     TrainerConfig,
+    Transport,
 )
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "RunConfig",
     "SequenceRatio",
     "TrainerConfig",
+    "Transport",
     "asked_to_print",
     "compose_file",
     "explain",

@@ -21,6 +21,7 @@ from nemo_dapo.config.schema import (
     RewardConfig,
     RunConfig,
     SequenceRatio,
+    Transport,
 )
 
 LOSSES = ("dapo", "cispo", "dr_grpo", "gspo")  # as in losses/, which must not be imported here
@@ -84,6 +85,10 @@ def validate_evaluation(config: RunConfig, world_size: int) -> None:
     if config.rollout.placement is Placement.colocated:
         problems.append(
             "rollout.placement=colocated serves on the nodes of a trainer, and there is none; set local or dedicated"
+        )
+    if config.rollout.transport is Transport.device:
+        problems.append(
+            "rollout.transport=device is of a trainer's ranks, and there is none; set rollout.transport=host"
         )
     chosen = config.evaluation.checkpoint
     if chosen and not (Path(chosen) / "policy").is_dir():

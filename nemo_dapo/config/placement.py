@@ -7,7 +7,7 @@ import socket
 import urllib.parse
 from collections.abc import Iterator
 
-from nemo_dapo.config.schema import LAST_PORT, Placement, RolloutConfig
+from nemo_dapo.config.schema import LAST_PORT, Placement, RolloutConfig, Transport
 
 URL = re.compile(r"https?://[^/\s]+:\d+/?")
 LISTEN = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]*):(\d{1,5})")
@@ -39,6 +39,11 @@ def check_placement(r: RolloutConfig) -> Iterator[str]:
         yield f"rollout.servers is for rollout.placement=attach, and it is {r.placement.value}; set one of both"
     if r.placement is Placement.attach:
         yield from _check_attached(r)
+    if r.placement is Placement.attach and r.transport is Transport.device:
+        yield (
+            "rollout.transport=device sends into the GPUs of servers that the run started, and rollout.placement=attach "
+            "has yours; set rollout.transport=host"
+        )
     servers = total_servers(r)
     if servers and r.min_servers > servers:
         yield f"rollout.min_servers={r.min_servers} exceeds the {servers} server(s) that there are; lower it"

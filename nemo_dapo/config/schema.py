@@ -86,6 +86,11 @@ class Placement(Enum):
     attach = "attach"
 
 
+class Transport(Enum):
+    host = "host"
+    device = "device"
+
+
 @dataclass
 class LoraConfig:
     rank: int = number(0, at_least=1, also=(0,))  # of the adapters that train in place of the weights; 0 = no adapters
@@ -146,6 +151,9 @@ class RolloutConfig:
     # where servers run: local = beside rank 0; colocated = on every node of the trainer; dedicated = on `nodes` nodes of
     # their own, whose agents register with rank 0; attach = yours, at the addresses `servers`
     placement: Placement = Placement.local
+    # how weights get to the servers: host = through the memory of each serving node, which keeps them; device = straight
+    # into GPUs, by CUDA IPC where trainer and server share them, else by NCCL, and no node keeps a copy
+    transport: Transport = Transport.host
     num_servers: int = number(1, at_least=1)  # vLLM servers on each node that serves
     nodes: int = number(0, at_least=0)  # of placement=dedicated
     servers: list[str] = field(default_factory=list)  # of placement=attach: http://host:port of each

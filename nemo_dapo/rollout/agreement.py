@@ -11,16 +11,21 @@ import nemo_dapo
 from nemo_dapo.hf_folder import differences
 from nemo_dapo.rollout.messages import PROTOCOL, Hello, Refusal, Report
 
+TOO_OLD = tuple(f"0.{minor}." for minor in range(21))  # of vLLM: engines that do not own the update
 NAME = re.compile(r"\w[\w.-]{0,252}")
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The run's side: whose model it trains, and the version of NCCL that is to carry its weights ("": NCCL does not)."""
+    """The run's side: whose model it trains, and how its weights travel.
+
+    `nccl` is the version of NCCL that is to carry them ("": NCCL does not); `is_direct` says that they go into GPUs.
+    """
 
     model_path: str
     model: Mapping[str, Any]
     nccl: str = ""
+    is_direct: bool = False
 
 
 def refuse_version(protocol: int, package: str) -> Refusal | None:
@@ -68,10 +73,16 @@ def refuse_report(report: Report, terms: Terms) -> Refusal | None:
             f"model.path={terms.model_path} is another model there ({'; '.join(found[:4])}): copy the run's to every node, "
             "or name a folder that all of them see"
         )
-    if terms.nccl and report.nccl and terms.nccl != report.nccl:
+    if terms.is_direct and report.vllm.startswith(TOO_OLD):
         problems.append(
-            f"its servers have NCCL {report.nccl}, the trainer has {terms.nccl}, and they cannot talk: install the same "
-            f"nvidia-nccl package in both environments (`pip install nvidia-nccl-cu12=={terms.nccl}`), or set "
-            "LD_PRELOAD to one libnccl.so.2 for both"
+            f"its vLLM {report.vllm} takes whole updates alone, not the pieces of rollout.transport=device: install a "
+            "newer one, or set rollout.transport=host"
+        )
+    if terms.nccl and terms.nccl != report.nccl:
+        theirs = f"NCCL {report.nccl}" if report.nccl else "no NCCL"
+        problems.append(
+            f"its servers have {theirs}, the trainer has {terms.nccl}, and they cannot talk: start its agent with "
+            "VLLM_NCCL_SO_PATH=<a libnccl.so.2 of the trainer's version>, install the same nvidia-nccl package in both "
+            "environments, or set rollout.transport=host"
         )
     return Refusal("; ".join(problems)) if problems else None

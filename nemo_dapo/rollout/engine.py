@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from nemo_dapo.config import Placement, Precision, RolloutConfig
+from nemo_dapo.config import Placement, Precision, RolloutConfig, Transport
 from nemo_dapo.hf_folder import expected_weights
-from nemo_dapo.rollout import client
+from nemo_dapo.rollout import client, sharing
 from nemo_dapo.rollout.attached import AttachedServers
 from nemo_dapo.rollout.command import DTYPES
 from nemo_dapo.rollout.fleet import Member
@@ -28,7 +28,8 @@ from nemo_dapo.rollout.nodes import ServingNodes, Weights
 from nemo_dapo.rollout.requests import Requests
 from nemo_dapo.rollout.upkeep import STARTING, Upkeep
 from nemo_dapo.rollout.weights.ledger import Ledger
-from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
+from nemo_dapo.rollout.weights.nccl import NCCL, spelled
+from nemo_dapo.rollout.weights.plan import Seat, Sent, UpdatePlan
 from nemo_dapo.rollout.weights.send import Sender
 from nemo_dapo.types import Draft, Prompt, Sample, SamplingParams
 
@@ -57,7 +58,9 @@ class VLLMEngine:
         self._told_at, self._told_tokens = time.monotonic(), dict[int, float]()
         client.allow_open_files(len(servers) * config.max_concurrent_sequences)
         self.loop = LoopThread("rollout")
-        self.upkeep = Upkeep(config, servers, ledger, self.loop)
+        is_direct = config.transport is Transport.device
+        target = servers.target if is_direct and isinstance(servers, ServingNodes) else None
+        self.upkeep = Upkeep(config, servers, ledger, self.loop, target)
         self.requests = self._run(self._open(stop_token_ids, vocab_size))
 
     async def _open(self, stop_token_ids: list[int], vocab_size: int) -> Requests:
@@ -107,12 +110,14 @@ class VLLMEngine:
         vocab_size = int(model.get("vocab_size") or model.get("text_config", {}).get("vocab_size") or 0)
         expected = expected_weights(model_path)
         ledger = Ledger(lambda: servers.places(), DTYPES[precision])
-        weights = Weights(expected.num_elements * BYTES_PER_ELEMENT[precision], ledger.token)
+        is_kept = config.transport is Transport.host
+        weights = Weights(expected.num_elements * BYTES_PER_ELEMENT[precision] if is_kept else 0, ledger.token)
         servers: ServingNodes | AttachedServers
         if config.placement is Placement.attach:
             servers = AttachedServers(config, weights.nbytes)
         else:
-            servers = ServingNodes(config, model_path, precision, run_dir, seed, weights, names=nodes)
+            nccl = spelled(NCCL().version()) if sharing.needs_nccl(config) else ""
+            servers = ServingNodes(config, model_path, precision, run_dir, seed, weights, names=nodes, nccl=nccl)
         try:
             engine = cls(config, servers, ledger, Sender(lambda: expected), stop_token_ids, vocab_size)
             engine.upkeep.paused.append(STARTING)
@@ -157,9 +162,9 @@ class VLLMEngine:
         """An update with the `(Hugging Face name, full tensor)` of this process; raises what `finish_update` does."""
         self.finish_update([self.sender.send(weights, self.begin_update(version), 0)])
 
-    def begin_update(self, version: int, hosts: Sequence[str] = ("",)) -> UpdatePlan:
-        """Who sends the weights of `version` to whom, given each rank's host; `finish_update` must follow."""
-        return self.upkeep.begin_update(version, hosts)
+    def begin_update(self, version: int, seats: Sequence[Seat] = (Seat(""),)) -> UpdatePlan:
+        """Who sends the weights of `version` to whom, given where each rank is; `finish_update` must follow."""
+        return self.upkeep.begin_update(version, seats)
 
     def finish_update(self, everyone: Sequence[Sent]) -> None:
         """Have all servers load what the ranks sent; restart one that fails at it.

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from nemo_dapo.config import Precision
+from nemo_dapo.config import Precision, RolloutConfig, Transport
 from nemo_dapo.rollout import host
 from nemo_dapo.rollout.command import connect_host, listen_host
 from nemo_dapo.rollout.messages import Plan, Report, options_heard
@@ -49,6 +49,12 @@ def prepare(
             f"{Path(plan.run_file).parent}, the run's output_dir, is another folder there: put output_dir on a file "
             "system that all nodes see"
         )
+    is_direct = config.transport is Transport.device
+    if is_direct and on_cpu:
+        problems.append(
+            "it has no GPU that its vLLM could use, and rollout.transport=device sends weights from GPU to GPU: set "
+            "rollout.transport=host"
+        )
     if plan.spans_hosts:
         config.host = listen_host(config.host, address)
     try:
@@ -66,12 +72,22 @@ def prepare(
         if not problems:
             model, precision = Path(plan.model_path), Precision(plan.precision)
             servers = VLLMServers(config, model, precision, Path(plan.log_dir), share)
-            receiver = Receiver(folder, plan.weight_token, address) if plan.spans_hosts else None
+            receives = plan.spans_hosts and not is_direct
+            receiver = Receiver(folder, plan.weight_token, address) if receives else None
             place = place_of(folder, node, f"{connect_host(address)}:{receiver.port}" if receiver else "")
-            return dataclasses.replace(report, place=dataclasses.asdict(place)), Holdings(servers, receiver)
+            report = dataclasses.replace(
+                report, place=dataclasses.asdict(place), gpus=gpus_of(config) if is_direct else []
+            )
+            return report, Holdings(servers, receiver)
     except (ValueError, OSError) as problem:
         problems.append(str(problem))
     return dataclasses.replace(report, problems=problems), None
+
+
+def gpus_of(config: RolloutConfig) -> list[list[str]]:
+    """By server, the UUIDs of its workers' GPUs: CUDA_VISIBLE_DEVICES of a server counts all GPUs of its host."""
+    there, each = host.gpu_uuids({}), host.gpus_each(config.vllm)
+    return [host.visible(there, devices)[:each] for devices in config.visible_devices]
 
 
 def sees_run(run_file: Path, token: str) -> bool:

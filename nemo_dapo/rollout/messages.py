@@ -74,6 +74,7 @@ class Report:
     nccl: str
     model: dict[str, Any]  # hf_folder.fingerprint
     place: dict[str, str] = field(default_factory=dict)  # of its weights: a weights.Place
+    gpus: list[list[str]] = field(default_factory=list)  # of each of its servers, in the workers' order: UUIDs
     problems: list[str] = field(default_factory=list)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nemo_dapo.config import Placement, Precision, RolloutConfig
+from nemo_dapo.config import Placement, Precision, RolloutConfig, Transport
 from nemo_dapo.config.placement import split_address
 from nemo_dapo.hf_folder import fingerprint
 from nemo_dapo.rollout.agreement import Terms
@@ -31,7 +31,7 @@ from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.messages import Plan, ServerState, options_said
 from nemo_dapo.rollout.run_file import RUN_FILE, Door, choose_token, write_run_file
 from nemo_dapo.rollout.servers import END_GRACE_SECONDS, ServersClosedError
-from nemo_dapo.rollout.weights.plan import Place
+from nemo_dapo.rollout.weights.plan import Place, Target
 from nemo_dapo.tasks import all_or_none
 
 log = logging.getLogger(__name__)
@@ -86,8 +86,8 @@ class RemoteServer:
 class ServingNodes:
     """What the engine needs of its servers. `start` returns when all are healthy; `close` leaves no process behind.
 
-    `names` are the only nodes that may serve, in the order of their places; without them any may. Nothing is started before
-    `start`, but agents may register from the beginning on.
+    `names` are the only nodes that may serve, in the order of their places; without them any may. `nccl` is the version
+    that they must have, "" for any. Nothing is started before `start`, but agents may register from the beginning on.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class ServingNodes:
         weights: Weights,
         *,
         names: Sequence[str] = (),
+        nccl: str = "",
     ) -> None:
         self.config, self.model_path, self.precision = config, model_path, precision
         self.run_dir, self.seed, self.weights = run_dir, seed, weights
@@ -117,7 +118,8 @@ class ServingNodes:
         self.closing, self._ending = threading.Event(), threading.Lock()
         self.token = choose_token()
         self.loop = LoopThread("hub")
-        terms = Terms(str(model_path), fingerprint(model_path))
+        is_direct = config.transport is Transport.device
+        terms = Terms(str(model_path), fingerprint(model_path), nccl, is_direct=is_direct)
         self.hub = Hub(
             terms,
             slots,
@@ -179,6 +181,14 @@ class ServingNodes:
     def places(self) -> list[Place]:
         """Where the nodes that are there keep their weights."""
         return [Place(**node.report.place) for node in self.hub.nodes if node]
+
+    def target(self, index: int) -> Target:
+        """Server `index`, into whose devices ranks are to send."""
+        server = self.servers[index]
+        node = self.last[server.slot]
+        gpus = node.report.gpus[index - node.plan.first] if node else []
+        nccl = node.report.nccl if node else ""
+        return Target(f"vLLM server {index}", server.url, tuple(gpus), nccl, server.pid)
 
     # ---------------------------------------------------------------- start and end
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
+import re
 from importlib import metadata
 
 import nemo_dapo
@@ -23,12 +25,13 @@ def version(*names: str) -> str:
 
 
 def nccl() -> str:
-    """Version of the package that torch brings, else of the system's library, else ''."""
-    if found := version("nvidia-nccl-cu13", "nvidia-nccl-cu12"):
-        return found
+    """Version of the library that is chosen, else of the package that torch brings, else of the system's, else ''."""
+    chosen = os.environ.get("VLLM_NCCL_SO_PATH")
+    if not chosen and (found := re.match(r"\d+\.\d+\.\d+", version("nvidia-nccl-cu13", "nvidia-nccl-cu12"))):
+        return found[0]
     try:
         number = ctypes.c_int()
-        ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number))
+        ctypes.CDLL(chosen or "libnccl.so.2").ncclGetVersion(ctypes.byref(number))
     except (OSError, AttributeError):
         return ""
     major, rest = divmod(number.value, 10_000)  # nccl.h: NCCL_VERSION

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
+from nemo_dapo.rollout.weights.plan import Seat, Sent, UpdatePlan
 from nemo_dapo.telemetry.rollouts import RecordedGroup, read_rollouts, rollouts_path
 from nemo_dapo.types import Draft, Prompt, Sample, SamplingParams
 
@@ -56,7 +56,7 @@ class ReplayEngine:
             f"not those of the recorded run; {SAME}"
         )
 
-    def begin_update(self, version: int, hosts: Sequence[str] = ()) -> UpdatePlan:
+    def begin_update(self, version: int, seats: Sequence[Seat] = ()) -> UpdatePlan:
         """The next step is `version` + 1; nobody is sent anything."""
         if self._groups is not None and self._handed_out < len(self._groups):
             raise RuntimeError(

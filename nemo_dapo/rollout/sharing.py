@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_dapo.config import Offload, Placement, Precision, RolloutConfig, RunConfig
+from nemo_dapo.config import Offload, Placement, Precision, RolloutConfig, RunConfig, Transport
 from nemo_dapo.hf_folder import expected_weights
 
 # A sleeping server gives back nearly all of its share, and the trainer's parameters lie beside it when it wakes.
@@ -31,6 +31,29 @@ def shares_gpus(config: RolloutConfig, trainer: Sequence[str]) -> bool:
         return False
     servers = {device.strip() for one in config.visible_devices for device in one.split(",")}
     return not servers or not servers.isdisjoint(trainer)
+
+
+def needs_nccl(config: RolloutConfig) -> bool:
+    """Whether weights are broadcast to servers on other GPUs than the trainer's; what shares them takes CUDA IPC."""
+    return config.transport is Transport.device and not shares_gpus(config, trainer_devices(os.environ))
+
+
+def require_devices(config: RolloutConfig, environment: Mapping[str, str]) -> None:
+    """Raises ValueError where this rank cannot send weights as `rollout.transport` says."""
+    if config.transport is Transport.host:
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"rollout.transport=device sends weights from GPU to GPU, and torch {torch.__version__} finds none on this "
+            "host; set rollout.transport=host"
+        )
+    settings = {name: environment.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")}
+    for name, value in settings.items():
+        if "expandable_segments:true" in value.lower() and shares_gpus(config, trainer_devices(environment)):
+            raise ValueError(
+                f"{name}={value} puts tensors into memory that CUDA IPC cannot share, and with rollout.transport=device "
+                "servers on the trainer's GPUs read from it; unset it, or set rollout.transport=host"
+            )
 
 
 def offloads(config: RunConfig) -> bool:

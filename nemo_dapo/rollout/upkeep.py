@@ -3,6 +3,8 @@
     update   the ranks send -> one server a node looks at what came -> every server pauses -> the version that answers
              are checked against -> load, resume
 
+With `rollout.transport=device` servers pause before the ranks send, since they are sent into the weights that they serve.
+
 An answer's tokens are of the weights that the server names for them, and must not be older than the newest when the request
 was sent. So nothing may generate under the old ones once a request can expect the new.
 """
@@ -16,7 +18,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 
@@ -27,10 +29,11 @@ from nemo_dapo.rollout.attached import AttachedServers
 from nemo_dapo.rollout.fleet import Fleet, HopelessError, Life, Member
 from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.nodes import ServingNodes
+from nemo_dapo.rollout.pulse import death
 from nemo_dapo.rollout.servers import ServersClosedError
 from nemo_dapo.rollout.weights import push
 from nemo_dapo.rollout.weights.ledger import DamagedWeightsError, Ledger, NoWeightsError
-from nemo_dapo.rollout.weights.plan import Sent, UpdatePlan
+from nemo_dapo.rollout.weights.plan import Seat, Sent, Target, UpdatePlan, seated
 from nemo_dapo.rollout.weights.push import Held
 from nemo_dapo.tasks import all_or_none
 
@@ -39,13 +42,19 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 INITIAL_VERSION = 0  # of the weights in the model's folder, until the first update
 METRICS_SECONDS = 4.0  # for a server to answer /metrics; one that does not has made no progress that we know of
-HEALTH_SECONDS = 4.0  # and /health
 PULSE_SECONDS = 1.0  # between two looks at whether a server that is to do something can still do it
-MAX_REFUSED = 3  # connections in a row, by a server that served before: it has stopped listening
 STARTING, ASLEEP, UPDATE = "start", "sleep", "weight update"  # why servers may be silent or gone for a while
 WEIGHTS, CACHE = "weights", "kv_cache"  # what a server can wake by itself, as vLLM names it
 
 ServerCall = Callable[[httpx.AsyncClient, float], Awaitable[T]]
+
+
+class Hold(NamedTuple):
+    """A server that generates nothing for an update, in which of its lives, and what it has failed at."""
+
+    member: Member
+    life: Life
+    fault: str | None
 
 
 class Upkeep:
@@ -56,10 +65,16 @@ class Upkeep:
     """
 
     def __init__(
-        self, config: RolloutConfig, servers: ServingNodes | AttachedServers, ledger: Ledger, loop: LoopThread
+        self,
+        config: RolloutConfig,
+        servers: ServingNodes | AttachedServers,
+        ledger: Ledger,
+        loop: LoopThread,
+        target: Callable[[int], Target] | None = None,
     ) -> None:
-        """`ledger` says what each node holds for its servers."""
-        self.config, self.servers, self.ledger = config, servers, ledger
+        """`ledger` says what each node holds for its servers. `target` describes a server into whose devices ranks send;
+        None where they send to nodes."""
+        self.config, self.servers, self.ledger, self.target = config, servers, ledger, target
         self.describe = servers.describe
         self.version = INITIAL_VERSION
         self.restarts = 0
@@ -71,6 +86,8 @@ class Upkeep:
         self.asleep: set[str] = set()  # what the servers have given up
         self._has_newest = [True] * len(servers)  # False while a restarted server has yet to be given the weights
         self._unwell: dict[int, tuple[Life, str]] = {}  # what failed at sleeping or waking, to be restarted
+        self._holds: list[Hold] = []  # of the update under way
+        self._held_at = 0.0
         self._loop = loop
         self.fleet = self._run(self._open())
 
@@ -104,28 +121,34 @@ class Upkeep:
 
     # ---------------------------------------------------------------- weights
 
-    def begin_update(self, version: int, hosts: Sequence[str]) -> UpdatePlan:
-        """As `VLLMEngine.begin_update`; servers go on generating meanwhile."""
+    def begin_update(self, version: int, seats: Sequence[Seat]) -> UpdatePlan:
+        """As `VLLMEngine.begin_update`; servers go on generating meanwhile, but for those whose devices are sent to."""
         self.paused.append(UPDATE)
-        return self.ledger.begin(version, hosts, self.config.sync_timeout)
+        hosts, seconds = [seat.host for seat in seats], self.config.sync_timeout
+        if self.target is None:
+            return self.ledger.begin(version, hosts, seconds)
+        self._hold_all([m for m in self.fleet.members if not (m.is_down or m.given_up)], push.begin)
+        targets = [self.target(held.member.index) for held in self._holds if not held.fault]
+        return self.ledger.begin(version, hosts, seconds, seated(targets, seats), self.servers.api_key)
 
     def finish_update(self, everyone: Sequence[Sent]) -> None:
         """As `VLLMEngine.finish_update`."""
         try:
             with self.ledger.finish(everyone, self._damage) as version:
-                # A restart that is under way waits for the ledger and ends with these weights: nobody waits for it.
-                began = time.monotonic()
-                members = [m for m in self.fleet.members if not m.is_down or self._comes_back(m.index)]
-                held = self._run(all_or_none([self._hold(member) for member in members]))
+                if self.target is None:
+                    # A restart that is under way waits for the ledger and ends with these weights: nobody waits for it.
+                    members = [m for m in self.fleet.members if not m.is_down or self._comes_back(m.index)]
+                    self._hold_all(members, push.pause)
                 self.version = version
-            calls = [self._update(m, life, fault) for m, (life, fault) in zip(members, held, strict=True)]
-            self._run(all_or_none(calls))
-            self.pause_seconds += time.monotonic() - began
+            self._run(all_or_none([self._update(*held) for held in self._holds]))
+            self.pause_seconds += time.monotonic() - self._held_at
         finally:
             self.paused.remove(UPDATE)
 
     def _damage(self, held: Mapping[str, Held]) -> dict[str, str]:
         """By node, what is wrong with the weights that it holds; servers generate meanwhile."""
+        if self.target is not None:  # devices are looked at by their server, before it goes on
+            return {}
         found = self._run(all_or_none([self._look_at(node, its) for node, its in held.items()]))
         return {node: wrong for node, wrong in zip(held, found, strict=True) if wrong}
 
@@ -145,20 +168,27 @@ class Upkeep:
             self._unwell[member.index] = life, fault
         return found
 
-    async def _hold(self, member: Member) -> tuple[Life, str | None]:
-        """Let a server generate nothing more; its life, and what it failed at now or when it fell asleep or woke up."""
+    def _hold_all(self, members: Sequence[Member], action: Callable[..., Awaitable[None]]) -> None:
+        """Let these servers generate nothing more."""
+        self._held_at = time.monotonic()
+        self._holds = self._run(all_or_none([self._hold(member, action) for member in members]))
+
+    async def _hold(self, member: Member, action: Callable[..., Awaitable[None]]) -> Hold:
+        """By `push.pause`, or what begins with it; also what the server failed at when it fell asleep or woke up."""
         life, fault = self._unwell.pop(member.index, (None, None))
         if life is member.life:
-            return member.life, fault
-        pause = functools.partial(push.pause, keeps_cache=self.keeps_cache)
-        return member.life, await self._fault_of(member, "pause", pause)
+            return Hold(member, member.life, fault)
+        pause = functools.partial(action, keeps_cache=self.keeps_cache)
+        return Hold(member, member.life, await self._fault_of(member, "pause", pause))
 
     async def _update(self, member: Member, life: Life, fault: str | None) -> None:
         await self._while_there(member, self.fleet.settled(member))  # a restart may have ended with the weights before
         now = member.life
         if now is not life:
             fault = None  # of a life that is over
-        if not (fault or self.ledger.holds(self.node_of(member.index))):
+        elif self.target is not None:
+            fault = fault or self.ledger.fault(self.target(member.index).name)
+        if not (fault or self._has_newest_at_hand(member, life)):
             member.is_stale = True  # its node got nothing, as the log says; the next update brings it back
             return
         fault = fault or await self._fault_of(member, "take the weights", functools.partial(self._take, member))
@@ -175,6 +205,12 @@ class Upkeep:
             self.fleet.leave_to_itself(asyncio.ensure_future(repair))
         else:
             await self._while_there(member, repair)
+
+    def _has_newest_at_hand(self, member: Member, life: Life) -> bool:
+        """Whether its node has the newest weights, or its devices, which a new life does not know of."""
+        if self.target is None:
+            return self.ledger.holds(self.node_of(member.index))
+        return member.life is life and self.ledger.arrived(self.target(member.index).name) is not None
 
     def node_of(self, index: int) -> str:
         return self.servers.servers[index].node
@@ -194,11 +230,17 @@ class Upkeep:
             self.fleet.leave_to_itself(task)
 
     async def _take(self, member: Member, http: httpx.AsyncClient, deadline: float) -> None:
-        with self.ledger.loading(self.node_of(member.index)) as held:
-            assert held is not None  # after an update
-            # Without its cache a server cannot go on.
-            await push.push_weights(http, held, deadline, resume=not self.asleep, keeps_cache=self.keeps_cache)
-            member.version, member.is_stale = held.version, False
+        # Without its cache a server cannot go on.
+        options = {"resume": not self.asleep, "keeps_cache": self.keeps_cache}
+        if self.target is not None:
+            held = self.ledger.arrived(self.target(member.index).name)
+            assert held is not None  # else it is stale
+            await push.conclude(http, held, deadline, **options)
+        else:
+            with self.ledger.loading(self.node_of(member.index)) as held:
+                assert held is not None  # after an update
+                await push.push_weights(http, held, deadline, **options)
+        member.version, member.is_stale = held.version, False
 
     # ---------------------------------------------------------------- sleep
 
@@ -272,27 +314,7 @@ class Upkeep:
         """
         deadline = time.monotonic() + self.config.sync_timeout
         async with control.client(self.servers.servers[index].url, self.servers.headers) as http:
-            return await control.unless(self._death(index), action(http, deadline))
-
-    async def _death(self, index: int) -> str:
-        """Why the server cannot answer any more, as soon as it shows: one that is busy or far away can."""
-        refused = 0
-        while refused < MAX_REFUSED:
-            await asyncio.sleep(PULSE_SECONDS)
-            if not self.servers.alive(index):
-                return self.servers.describe_exit(index)
-            try:
-                async with control.client(self.servers.servers[index].url) as http:  # a connection of its own
-                    reply = await control.ask(http, "GET", "/health", time.monotonic() + HEALTH_SECONDS)
-            except httpx.ConnectError:
-                refused += 1
-            except (TimeoutError, httpx.HTTPError, RuntimeError):
-                refused = 0
-            else:
-                refused = 0
-                if reply.status == 503:
-                    return "its engine process is gone (/health answers 503)"
-        return f"it refused {refused} connections in a row"
+            return await control.unless(death(self.servers, index, PULSE_SECONDS), action(http, deadline))
 
     # ---------------------------------------------------------------- restarts
 

@@ -2,7 +2,8 @@
 
 Every server is told of a piece by HTTP, and all of their workers receive it in one broadcast. A worker that hangs holds all
 up: at the piece's deadline each end aborts by itself. Who did not answer is left out, the others form a group anew and
-receive the piece again; a worker that has it already passes it over.
+receive the piece again; a worker that has it already passes it over. The group stays for the next update, while all of its
+servers live.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Callable, Sequence
 
 from nemo_dapo.rollout.weights.nccl import NCCL, Communicator, first_ranks, require_same_version
 from nemo_dapo.rollout.weights.pack import Piece
-from nemo_dapo.rollout.weights.servers import ServerCalls, Target, piece_info
+from nemo_dapo.rollout.weights.plan import Target
+from nemo_dapo.rollout.weights.servers import ServerCalls, piece_info
 from nemo_dapo.rollout.weights.table import Table
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,10 @@ MakeCommunicator = Callable[[NCCL, bytes, int, int, float], Communicator]
 
 
 class BroadcastCarrier:
-    """To `targets`, of which those that fail are named in `dropped`; raises ConnectionError once none is left."""
+    """To `targets`, of which those that fail are named in `dropped`; raises ConnectionError once none is left.
+
+    That all of it came is asked by rank 0, which ends the update at each server (`push.py`).
+    """
 
     def __init__(
         self,
@@ -37,7 +42,8 @@ class BroadcastCarrier:
     ) -> None:
         """Raises ValueError where a server's NCCL is another than this process's."""
         require_same_version(nccl.version(), {target.name: target.nccl for target in targets})
-        self.targets, self.calls, self.nccl, self.make = list(targets), calls, nccl, communicator
+        self.of, self.targets = tuple(targets), list(targets)
+        self.calls, self.nccl, self.make = calls, nccl, communicator
         self.dropped: dict[str, str] = {}
         self.version, self.deadline = -1, 0.0
         self._group: Communicator | None = None
@@ -52,13 +58,17 @@ class BroadcastCarrier:
             continue
 
     def commit(self, table: Table) -> None:
-        body = {"update_info": {"version": self.version, "digest": table.digest}}
-        deadline = self._by(PIECE_SECONDS)
-        calls = self.calls.begin(self.targets, "/update_weights", [body] * len(self.targets), deadline)
-        if faults := self.calls.faults(self.targets, calls, deadline):
-            self._drop(faults)  # their workers are in the group: the next update forms another one
+        """Nothing is left to carry."""
+
+    def serves(self, targets: Sequence[Target]) -> bool:
+        """Whether the group is one of exactly these, so that another update can begin with it."""
+        return self._group is not None and not self.dropped and self.of == tuple(targets)
 
     def close(self) -> None:
+        self._leave()
+        self.calls.close()
+
+    def _leave(self) -> None:
         if self._group is not None:
             self._group.abort()
             self._group = None
@@ -104,7 +114,7 @@ class BroadcastCarrier:
 
     def _drop(self, faults: dict[str, str]) -> None:
         """Go on without them, in a group that is yet to be formed."""
-        self.close()
+        self._leave()
         self.dropped |= faults
         self.targets = [target for target in self.targets if target.name not in faults]
         for name, fault in faults.items():

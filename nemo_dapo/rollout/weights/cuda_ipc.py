@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from nemo_dapo.rollout.weights.pack import Piece
-from nemo_dapo.rollout.weights.servers import ServerCalls, Target, piece_info
+from nemo_dapo.rollout.weights.plan import Target
+from nemo_dapo.rollout.weights.servers import ServerCalls, piece_info
 from nemo_dapo.rollout.weights.table import Table
 
 PIECE_SECONDS = 60.0  # for servers to copy one piece
+MEET_SECONDS = 2 * PIECE_SECONDS  # for all ranks to come, of which one may be waiting for the servers
 PLAIN_MEMORY = ord("c")  # second byte of torch's handle of memory that cudaMalloc gave
 
 
@@ -77,15 +79,16 @@ def open_handle(handle: Handle, device: int) -> Tensor:
 
 
 class CUDAIPCCarrier:
-    """One rank's part. `meet` waits for all ranks of the node, and raises where one does not come.
+    """One rank's part. `meet` waits for all ranks of the node, so many seconds, and raises where one does not come.
 
     Only the first of them has `targets`: the node's servers, and `handles`, by GPU, of each buffer of the rank there.
+    Servers that fail are named in `dropped`. That all of it came is asked by rank 0, which ends the update (`push.py`).
     """
 
     def __init__(
         self,
         buffers: Sequence[Tensor],
-        meet: Callable[[], None],
+        meet: Callable[[float], None],
         targets: Sequence[Target] = (),
         handles: Mapping[str, Sequence[Handle]] | None = None,
         calls: ServerCalls | None = None,
@@ -105,33 +108,35 @@ class CUDAIPCCarrier:
     def carry(self, piece: Piece) -> None:
         """`piece.data` begins where one of the buffers does, and all work on it is done."""
         buffer = self.places.index(piece.data.data_ptr())
-        self.meet()
+        self.meet(self._seconds(MEET_SECONDS))
         info = piece_info(self.version, piece, PIECE_SECONDS)
-        self._tell(
-            [
-                [
-                    {"version": self.version, "piece": {**info, "handle": self.handles[gpu][buffer].as_json()}}
-                    for gpu in target.gpus  # one entry a worker, as vLLM deals them out
-                ]
-                for target in self.targets
-            ]
-        )
-        self.meet()
+        self._tell([{**info, "handles": self._handles(target, buffer)} for target in self.targets])
+        self.meet(self._seconds(MEET_SECONDS))
 
     def commit(self, table: Table) -> None:
-        self._tell([{"version": self.version, "digest": table.digest} for _ in self.targets])
-        if self.dropped and not self.targets:
-            raise ConnectionError(f"no server took the weights: {self.dropped}")
+        """Nothing is left to carry."""
 
     def close(self) -> None:
         """The buffers are their owner's."""
+        if self.calls is not None:
+            self.calls.close()
 
-    def _tell(self, infos: Sequence[Any]) -> None:
+    def _handles(self, target: Target, buffer: int) -> list[dict[str, Any]]:
+        """One a worker, of the rank on its GPU."""
+        return [self.handles[gpu][buffer].as_json() for gpu in target.gpus]
+
+    def _seconds(self, most: float) -> float:
+        """What is left of the update, `most` at most; raises TimeoutError where nothing is."""
+        if (left := self.deadline - time.monotonic()) <= 0:
+            raise TimeoutError("the update took longer than rollout.sync_timeout")
+        return min(most, left)
+
+    def _tell(self, pieces: Sequence[Any]) -> None:
         """Call /update_weights of each target that is left; one that fails is dropped."""
         if self.calls is None or not self.targets:
             return
-        deadline = min(time.monotonic() + PIECE_SECONDS, self.deadline)
-        bodies = [{"update_info": info} for info in infos]
+        deadline = time.monotonic() + self._seconds(PIECE_SECONDS)
+        bodies = [{"update_info": {"version": self.version, "piece": piece}} for piece in pieces]
         calls = self.calls.begin(self.targets, "/update_weights", bodies, deadline)
         faults = self.calls.faults(self.targets, calls, deadline)
         self.dropped |= faults

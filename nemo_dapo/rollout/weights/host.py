@@ -16,6 +16,7 @@ class HostCarrier:
 
     def __init__(self, folder: Path) -> None:
         self.writer = WeightWriter(folder)
+        self.dropped: dict[str, str] = {}
 
     def begin(self, version: int, deadline: float) -> None:
         self.writer.begin()

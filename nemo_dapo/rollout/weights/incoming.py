@@ -64,7 +64,7 @@ class Incoming:
         Raises ValueError for a piece that is not the next one of `version`, or a tensor that is not as it was sent.
         """
         assembler = self._of(version)
-        data = self._shared(piece) if "handle" in piece else self._broadcast(piece)
+        data = self._shared(piece) if "handles" in piece else self._broadcast(piece)
         if data is not None:
             entries = [Entry(name, dtype, tuple(shape), *rest) for name, dtype, shape, *rest in piece["entries"]]
             yield from assembler.add(piece["offset"], entries, data)
@@ -82,7 +82,7 @@ class Incoming:
         return self._assembler
 
     def _shared(self, piece: Mapping[str, Any]) -> Tensor:
-        handle = Handle(**piece["handle"])
+        handle = Handle(**piece["handles"][self.worker])
         if handle not in self._opened:
             self._opened[handle] = self.open_buffer(handle, self.device.index)
         return self._opened[handle][: piece["nbytes"]]

@@ -1,4 +1,8 @@
-"""What the serving nodes' folders hold, on rank 0: an update and the servers that load what is there take turns."""
+"""What the serving nodes' folders hold, on rank 0: an update and the servers that load what is there take turns.
+
+With `rollout.transport=device` no folder holds anything, once there was an update: a server that is started anew has no
+weights until the next.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from nemo_dapo.rollout.weights.plan import Place, Sent, UpdatePlan, assign, require_accepted
+from nemo_dapo.rollout.weights.plan import Place, Sent, Target, UpdatePlan, assign, require_accepted
 from nemo_dapo.rollout.weights.push import Held
 
 log = logging.getLogger(__name__)
@@ -37,15 +41,23 @@ class Ledger:
         self._plan: UpdatePlan | None = None
         self._is_updating = False
         self._loading = 0  # servers that read a folder now
-        self._held: Mapping[str, Held] | None = None  # by node; None until the first update
+        self._held: Mapping[str, Held] | None = None  # by node, or server; None until the first update
+        self._faults: dict[str, str] = {}  # of the last update, by node or server
 
-    def begin(self, version: int, hosts: Sequence[str], seconds: float) -> UpdatePlan:
-        """The plan of the next update, given each rank's host; waits for servers that are loading. `finish` must follow."""
-        places = self.places()
+    def begin(
+        self, version: int, hosts: Sequence[str], seconds: float, targets: Sequence[Target] | None = None, key: str = ""
+    ) -> UpdatePlan:
+        """The plan of the next update, given each rank's host; waits for servers that are loading. `finish` must follow.
+
+        To the devices of `targets`, whose key is `key`, where there are any to be: else to all nodes.
+        """
+        deliveries = assign(self.places(), hosts) if targets is None else ()
         with self._changed:
             self._changed.wait_for(lambda: not self._loading)
             self._held, self._is_updating = {}, True
-            self._plan = UpdatePlan(version, self.dtype, seconds, self.token, assign(places, hosts))
+            self._plan = UpdatePlan(
+                version, self.dtype, seconds, self.token, deliveries, tuple(targets or ()), key, targets is not None
+            )
             return self._plan
 
     @contextlib.contextmanager
@@ -62,12 +74,14 @@ class Ledger:
         try:
             require_accepted(everyone)
             held = arrived(self._plan, everyone)
-            faults = {one.node: one.fault for sent in everyone for one in sent.outcomes if one.fault}
+            faults = {one.name: one.fault for sent in everyone for one in sent.outcomes if one.fault}
             faults |= look(held)
-            for node, fault in faults.items():
-                log.error("weights %d did not get to node %s: %s", self._plan.version, node, fault)
-            if held and not (held := {node: one for node, one in held.items() if node not in faults}):
-                raise nobody_has(self._plan.version, faults)
+            to_server, to_node = "weights %d did not get to %s: %s", "weights %d did not get to node %s: %s"
+            for name, fault in faults.items():
+                log.error(to_server if self._plan.is_direct else to_node, self._plan.version, name, fault)
+            if held and not (held := {name: one for name, one in held.items() if name not in faults}):
+                raise nobody_has(self._plan, faults)
+            self._faults = faults
             yield self._plan.version
             self._held = held
         finally:
@@ -85,6 +99,8 @@ class Ledger:
             held = None
             if self._held is not None and (held := self._of(node)) is None:
                 why = "it lost what it held" if node in self._held else "the last update failed"
+                if self._plan and self._plan.is_direct:
+                    why = "no node keeps a copy of what goes straight to devices (rollout.transport=device)"
                 raise NoWeightsError(f"{why}, so there are no weights for a server of node {node}")
             self._loading += 1
         try:
@@ -102,6 +118,14 @@ class Ledger:
         """Whether `node` has the newest weights in the folder that is its own now."""
         return self._of(node) is not None
 
+    def arrived(self, server: str) -> Held | None:
+        """What the last update put into a server's devices, as long as that server lives."""
+        return (self._held or {}).get(server)
+
+    def fault(self, server: str) -> str:
+        """Why the last update did not reach a server's devices; "" where it did, or was not to."""
+        return self._faults.get(server, "")
+
     def _of(self, node: str) -> Held | None:
         held = (self._held or {}).get(node)
         return held if held and any(p.node == node and p.folder == held.folder for p in self.places()) else None
@@ -114,20 +138,24 @@ class Ledger:
 
 
 def arrived(plan: UpdatePlan, everyone: Sequence[Sent]) -> dict[str, Held]:
-    """What each node holds that received everything; raises RuntimeError unless it is one and the same, on one at least."""
-    folders = {one.place.node: one.place.folder for one in plan.deliveries}
+    """What each node, or server, holds that received everything.
+
+    Raises RuntimeError unless it is one and the same, on one of them at least.
+    """
+    folders = {one.place.node: one.place.folder for one in plan.deliveries} | {one.name: "" for one in plan.targets}
     outcomes = [one for sent in everyone for one in sent.outcomes]
-    whole = {one.node: one.digest for one in outcomes if not one.fault}
+    whole = {one.name: one.digest for one in outcomes if not one.fault}
     if folders and not whole:
-        raise nobody_has(plan.version, {one.node: one.fault for one in outcomes})
+        raise nobody_has(plan, {one.name: one.fault for one in outcomes})
     if len(set(whole.values())) > 1:
         raise RuntimeError(
-            f"ranks of the trainer hold different weights: nodes received {whole}; the replicas have drifted apart, resume "
+            f"ranks of the trainer hold different weights: received were {whole}; the replicas have drifted apart, resume "
             "from the last checkpoint"
         )
-    return {node: Held(plan.version, folders[node], digest) for node, digest in whole.items()}
+    return {name: Held(plan.version, folders[name], digest) for name, digest in whole.items()}
 
 
-def nobody_has(version: int, faults: Mapping[str, str]) -> RuntimeError:
-    said = "; ".join(f"{node}: {fault}" for node, fault in faults.items())
-    return RuntimeError(f"no serving node received the weights of version {version}: {said}")
+def nobody_has(plan: UpdatePlan, faults: Mapping[str, str]) -> RuntimeError:
+    said = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+    who = "server" if plan.is_direct else "serving node"
+    return RuntimeError(f"no {who} received the weights of version {plan.version}: {said}")

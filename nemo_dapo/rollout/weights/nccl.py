@@ -1,15 +1,18 @@
 """NCCL broadcasts between processes that share no torch process group, with a way out where a peer hangs.
 
-torch's own bindings cannot abort such a communicator. The calls are those of nccl.h; both ends use this file.
+torch's own bindings cannot abort such a communicator. The calls are those of nccl.h; both ends use this file. A thread's
+current device and stream are its own: what is called here makes the communicator's device current, and a stream that
+nobody else waits for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 UNIQUE_ID_BYTES = 128
 UINT8, FLOAT32, SUM = 1, 7, 0  # of nccl.h
 POLL_SECONDS = 0.002
+REMEDY = "start the servers with VLLM_NCCL_SO_PATH=<the trainer's libnccl.so.2>, or set rollout.transport=host"
 
 
 class UniqueId(ctypes.Structure):
@@ -34,7 +38,14 @@ class NCCL:
     """The library, by `VLLM_NCCL_SO_PATH` or the one that torch has loaded. Raises OSError where there is none."""
 
     def __init__(self) -> None:
-        self.library = ctypes.CDLL(os.environ.get("VLLM_NCCL_SO_PATH") or "libnccl.so.2")
+        path = os.environ.get("VLLM_NCCL_SO_PATH") or "libnccl.so.2"
+        try:
+            self.library = ctypes.CDLL(path)
+        except OSError as problem:
+            raise OSError(
+                f"rollout.transport=device needs NCCL, and {path} cannot be loaded ({problem}): name the library in "
+                "VLLM_NCCL_SO_PATH, or set rollout.transport=host"
+            ) from problem
         self.library.ncclGetErrorString.restype = ctypes.c_char_p
 
     def version(self) -> int:
@@ -98,14 +109,25 @@ class Communicator:
         device: torch.device | str = "cuda",
     ) -> None:
         """Raises TimeoutError where not everybody has joined by `deadline`, of time.monotonic()."""
-        self.nccl = nccl
+        self.nccl, self.device = nccl, torch.device(device)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._communicator = self._join(unique_id, world_size, rank, deadline)
         # vLLM's own communicators begin with one: the first collective sets the connections up.
-        self._finish(nccl.all_reduce(torch.zeros(1, device=device), self._communicator), deadline)
+        with self._current():
+            work = nccl.all_reduce(torch.zeros(1, device=self.device), self._communicator)
+        self._finish(work, deadline)
 
     def broadcast(self, data: Tensor, deadline: float) -> None:
-        """From rank 0 into `data` [n] uint8 of the others; returns when it is there. Raises TimeoutError, all over."""
-        self._finish(self.nccl.broadcast(data, 0, self._communicator), deadline)
+        """From rank 0 into `data` [n] uint8 of the others; returns when it is there. Raises TimeoutError, all over.
+
+        Whatever was to be done with `data` before is done.
+        """
+        with self._current():
+            work = self.nccl.broadcast(data, 0, self._communicator)
+        self._finish(work, deadline)
+
+    def _current(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
 
     def abort(self) -> None:
         """End it without a word to the others; safe to call twice."""
@@ -119,7 +141,8 @@ class Communicator:
 
         def join() -> None:
             try:
-                joined.append(self.nccl.join(world_size, unique_id, rank))
+                with self._current():
+                    joined.append(self.nccl.join(world_size, unique_id, rank))
             except RuntimeError as problem:
                 joined.append(problem)
 
@@ -145,13 +168,12 @@ def first_ranks(workers: Sequence[int]) -> list[int]:
     return [1 + sum(workers[:k]) for k in range(len(workers))]
 
 
-def require_same_version(mine: int, theirs: dict[str, int]) -> None:
+def require_same_version(mine: int, theirs: Mapping[str, str]) -> None:
     """Raise ValueError where somebody's NCCL is another than this process's: NCCL would refuse it, without a name."""
-    other = [f"{name} has {spelled(version)}" for name, version in theirs.items() if version != mine]
+    other = [f"{name} has {version or 'none'}" for name, version in theirs.items() if version != spelled(mine)]
     if other:
         raise ValueError(
-            f"NCCL must be of one version to send weights, the trainer has {spelled(mine)}: {', '.join(other)}; start the "
-            "servers with VLLM_NCCL_SO_PATH=<the trainer's libnccl.so.2>, or let weights travel by host memory and TCP"
+            f"NCCL must be of one version to send weights, the trainer has {spelled(mine)}: {', '.join(other)}; {REMEDY}"
         )
 
 

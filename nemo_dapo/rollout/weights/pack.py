@@ -66,7 +66,7 @@ def pack(
     packer = Packer(free_buffer)
     for name, tensor in weights:
         data, shape = as_bytes(tensor), tuple(tensor.shape)
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor)
         checklist.add(name, shape, dtype)
         entry = Entry(name, dtype, shape, packer.end, len(data), tensor_checksum(data))
         packer.begin(entry)
@@ -74,6 +74,11 @@ def pack(
         yield from packer.put(torch.zeros(entry.end - packer.end, dtype=torch.uint8))
     checklist.finish()
     yield from packer.rest()
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """As a table has it."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

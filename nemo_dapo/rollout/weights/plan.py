@@ -1,15 +1,22 @@
 """Who sends one version of the weights to whom: decided by rank 0, told to every rank, and what came of it.
 
+With `rollout.transport=host`, to serving nodes, which keep it:
+
     host   a rank on the serving node's own host writes into that node's folder
     tcp    nodes without a rank are dealt out among the trainer's hosts; one rank of the host sends to the node's receiver
+
+With `rollout.transport=device`, to servers:
+
+    ipc    a server's workers read from the ranks on their own GPUs
+    nccl   workers on other GPUs receive what rank 0 broadcasts
 
 Every rank holds each full tensor during the export, so that nothing crosses the network twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -30,17 +37,54 @@ class Delivery:
 
 
 @dataclass(frozen=True)
+class Seat:
+    """Where one rank is: its host and, by UUID, its GPU; "" where weights go through hosts."""
+
+    host: str
+    gpu: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One server whose workers' devices are written to: each one's UUID, in the workers' order, and their NCCL.
+
+    `pid` tells one start of the server from the next. `host` is that of ranks on the same GPUs; "" where there are none.
+    """
+
+    name: str
+    url: str
+    gpus: tuple[str, ...]
+    nccl: str = ""
+    pid: int = 0
+    host: str = ""
+
+    @property
+    def workers(self) -> int:
+        return len(self.gpus)
+
+
+@dataclass(frozen=True)
 class UpdatePlan:
-    """One update; `seconds` are from the plan to the last byte, `token` is the receivers'."""
+    """One update; `seconds` are from the plan to the last byte, `token` is the receivers', `key` the servers'.
+
+    One that `is_direct` goes to `targets`, of which there may be none that live; any other by `deliveries`.
+    """
 
     version: int
     dtype: str
     seconds: float
     token: str
     deliveries: tuple[Delivery, ...] = ()
+    targets: tuple[Target, ...] = ()
+    key: str = ""
+    is_direct: bool = False
 
     def for_rank(self, rank: int) -> list[Place]:
         return [one.place for one in self.deliveries if one.rank == rank]
+
+    def on_gpus_of(self, host: str) -> list[Target]:
+        """The servers that share the GPUs of `host`'s ranks; with "" those that share nobody's."""
+        return [target for target in self.targets if target.host == host]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -48,14 +92,15 @@ class UpdatePlan:
     @classmethod
     def of_json(cls, said: dict[str, Any]) -> UpdatePlan:
         deliveries = tuple(Delivery(one["rank"], Place(**one["place"])) for one in said["deliveries"])
-        return cls(**{**said, "deliveries": deliveries})
+        targets = tuple(Target(**{**one, "gpus": tuple(one["gpus"])}) for one in said["targets"])
+        return cls(**{**said, "deliveries": deliveries, "targets": targets})
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one delivery: the `digest` of what arrived, or why nothing did."""
+    """What became of one delivery, to a node or a server: the `digest` of what arrived, or why nothing did."""
 
-    node: str
+    name: str
     digest: str = ""
     fault: str = ""
 
@@ -91,3 +136,21 @@ def assign(places: Sequence[Place], hosts: Sequence[str]) -> tuple[Delivery, ...
     in_turn = list(first.values())
     dealt = {place.node: in_turn[i % len(in_turn)] for i, place in enumerate(others)}
     return tuple(Delivery(first.get(place.node, dealt.get(place.node, 0)), place) for place in places)
+
+
+def seated(targets: Sequence[Target], seats: Sequence[Seat]) -> tuple[Target, ...]:
+    """`targets`, each with the host of the ranks on its GPUs; raises ValueError where it shares some of them alone."""
+    hosts = {seat.gpu: seat.host for seat in seats if seat.gpu}
+    return tuple(replace(target, host=_host_of(target, hosts)) for target in targets)
+
+
+def _host_of(target: Target, hosts: Mapping[str, str]) -> str:
+    found = {hosts.get(gpu, "") for gpu in target.gpus}
+    if len(found) != 1:
+        shared = [gpu for gpu in target.gpus if gpu in hosts]
+        raise ValueError(
+            f"{target.name} is on the GPUs {list(target.gpus)}, of which the trainer has {shared}: with "
+            "rollout.transport=device it must share all or none; choose them by rollout.visible_devices, or set "
+            "rollout.transport=host"
+        )
+    return found.pop()

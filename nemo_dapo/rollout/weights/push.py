@@ -1,6 +1,8 @@
-"""Rank 0's calls by which a server takes the weights that lie in its node's folder.
+"""Rank 0's calls by which a server takes the weights that lie in its node's folder, or that ranks put into its devices.
 
-look at the bytes -> pause -> load, checked again -> set the version and read it back -> resume
+    look at the bytes -> pause -> load, checked again -> set the version and read it back -> resume
+
+What goes into devices does so between `begin` and `conclude`, whose first call asks whether all of it came.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from nemo_dapo.telemetry.escape import printable
 
 @dataclass(frozen=True)
 class Held:
-    """A version that lies whole in a node's folder: what a server of that node is told to load."""
+    """A version that lies whole in a node's folder: what a server of that node is told to load.
+
+    Without a folder it is what came to the server's devices.
+    """
 
     version: int
     folder: str
@@ -48,8 +53,20 @@ async def push_weights(
     paused. `deadline` is of time.monotonic(). Raises RuntimeError when the server refuses a call or ends up with another
     version, ServerDiedError or httpx.TransportError when it is gone, TimeoutError when it is late.
     """
+    await begin(http, deadline, keeps_cache=keeps_cache)
+    await conclude(http, held, deadline, resume=resume, keeps_cache=keeps_cache)
+
+
+async def begin(http: httpx.AsyncClient, deadline: float, *, keeps_cache: bool = False) -> None:
+    """The first half of `push_weights`: from here on the server takes weights and generates nothing."""
     await pause(http, deadline, keeps_cache=keeps_cache)
     await call(http, "POST", "/start_weight_update", deadline, may_be_absent=True)
+
+
+async def conclude(
+    http: httpx.AsyncClient, held: Held, deadline: float, *, resume: bool = True, keeps_cache: bool = False
+) -> None:
+    """The second half of `push_weights`."""
     await call(http, "POST", "/update_weights", deadline, json={"update_info": asdict(held)})
     await call(http, "POST", "/finish_weight_update", deadline, json={}, may_be_absent=True)
     if not keeps_cache:

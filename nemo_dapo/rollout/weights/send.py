@@ -1,7 +1,7 @@
 """Each trainer rank's part of a weight update: one export, carried to all of the rank's destinations at once.
 
 While the destinations are sent one piece the next one is gathered and packed. A destination that fails, or takes nothing
-for a while, is dropped and named; the others complete.
+for a while, is dropped and named; the others complete. Destinations are nodes or, with `rollout.transport=device`, servers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from http.client import HTTPException
 from pathlib import Path
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from nemo_dapo.hf_folder import ExpectedWeights
 from nemo_dapo.rollout.weights.checklist import Checklist
+from nemo_dapo.rollout.weights.direct import BUFFERS, Direct
 from nemo_dapo.rollout.weights.host import HostCarrier
-from nemo_dapo.rollout.weights.pack import Piece, pack
+from nemo_dapo.rollout.weights.pack import Piece, dtype_name, pack
 from nemo_dapo.rollout.weights.plan import Outcome, Place, Sent, UpdatePlan
 from nemo_dapo.rollout.weights.store import sees
 from nemo_dapo.rollout.weights.table import Entry, Table
@@ -29,11 +30,12 @@ from nemo_dapo.rollout.weights.tcp import TCPCarrier
 
 P = ParamSpec("P")
 PIECE_BYTES = 16 << 20  # few enough to stay in the processor's cache from one copy to the next
-BUFFERS = 2  # one travels while the next is packed
 
 
 class Carrier(Protocol):
-    """Brings the pieces of one version after the other to one destination; whatever it raises drops the destination."""
+    """Brings the pieces of one version after the other to one destination or more; whatever it raises drops them all."""
+
+    dropped: dict[str, str]  # of several destinations, those that have failed, and why
 
     def begin(self, version: int, deadline: float) -> None:
         """`deadline` is of time.monotonic(): nothing may wait for longer."""
@@ -49,60 +51,100 @@ class Carrier(Protocol):
 
 
 class Sender:
-    """One rank's carriers and buffers, kept from one update to the next."""
+    """One rank's carriers and buffers, kept from one update to the next; `direct` are those to servers' devices."""
 
-    def __init__(self, expected: Callable[[], ExpectedWeights], piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(
+        self, expected: Callable[[], ExpectedWeights], piece_bytes: int = PIECE_BYTES, direct: Direct | None = None
+    ) -> None:
         """`expected` reads what the served model has; it is called once, where the rank has a destination at all."""
         self.expected = functools.cache(expected)
-        self.piece_bytes = piece_bytes
+        self.piece_bytes, self.direct = piece_bytes, direct
+        self.has_looked = False
         self._ring: Ring | None = None
         self._carriers: dict[Place, Carrier] = {}
 
-    def send(self, weights: Iterable[tuple[str, Tensor]], plan: UpdatePlan, rank: int) -> Sent:
-        """Carry `weights`, in whose export every rank takes part to its end, to the places that `plan` gives this rank."""
-        weights, places = iter(weights), plan.for_rank(rank)
+    def look(self, weights: Iterable[tuple[str, Tensor]], dtype: str) -> None:
+        """Compare a whole export with the served model, which nobody is sent yet: bytes on a device have replaced others.
+
+        Every export is like the first, and checked again while it is sent. Raises ValueError, on every rank.
+        """
+        checklist, weights = Checklist(self.expected(), dtype), iter(weights)
         try:
-            return self._send(weights, plan, places) if places else Sent()
+            for name, tensor in weights:
+                checklist.add(name, tuple(tensor.shape), dtype_name(tensor))
+            checklist.finish()
+            self.has_looked = True
         finally:
-            for _ in weights:  # the export is collective: another rank may still need this one
-                pass
+            drain(weights)
+
+    def send(self, weights: Iterable[tuple[str, Tensor]], plan: UpdatePlan, rank: int) -> Sent:
+        """Carry `weights`, in whose export every rank takes part to its end, to where `plan` has this rank send them."""
+        weights = iter(weights)
+        try:
+            lanes = self._lanes(plan, rank)
+            return self._send(weights, plan, lanes) if lanes else Sent()
+        finally:
+            drain(weights)
 
     def close(self) -> None:
         for carrier in self._carriers.values():
             carrier.close()
         self._carriers.clear()
+        if self.direct is not None:
+            self.direct.close()
 
-    def _send(self, weights: Iterator[tuple[str, Tensor]], plan: UpdatePlan, places: list[Place]) -> Sent:
-        self._ring = self._ring or Ring(self.piece_bytes)
+    def _send(self, weights: Iterator[tuple[str, Tensor]], plan: UpdatePlan, lanes: list[Lane]) -> Sent:
+        ring = self._ring = self._ring or self._make_ring()
+        checklist = Checklist(self.expected(), plan.dtype, at_once=self.direct is not None)
         deadline = time.monotonic() + plan.seconds
-        for gone in self._carriers.keys() - set(places):  # a node that left, or came back with another folder
-            self._carriers.pop(gone).close()
+        entries: list[Entry] = []
         with contextlib.ExitStack() as stack:
-            lanes = [stack.enter_context(Lane(place, self._carrier(place, plan))) for place in places]
             for lane in lanes:
-                lane.do(lane.carrier.begin, plan.version, deadline)
-            entries: list[Entry] = []
+                stack.enter_context(lane).do(lane.carrier.begin, plan.version, deadline)
             try:
-                for piece in pack(weights, Checklist(self.expected(), plan.dtype), self._ring.free_buffer):
+                for piece in pack(weights, checklist, ring.free_buffer):
                     entries += piece.entries
-                    self._ring.lend([lane.do(lane.carrier.carry, piece) for lane in lanes])
+                    ring.settle()
+                    ring.lend([lane.do(lane.carrier.carry, piece) for lane in lanes])
             except ValueError as problem:
                 return Sent(refusal=str(problem))
             table = Table(plan.version, tuple(entries))
             for lane in lanes:
                 lane.do(lane.carrier.commit, table)
-        return Sent(tuple(self._outcome(lane, table.digest) for lane in lanes))
+        self._forget(lane.carrier for lane in lanes if lane.fault)
+        return Sent(tuple(outcome for lane in lanes for outcome in lane.outcomes(table.digest)))
 
-    def _carrier(self, place: Place, plan: UpdatePlan) -> Carrier:
-        if place not in self._carriers:
-            self._carriers[place] = carrier_to(place, plan)
-        return self._carriers[place]
+    def _make_ring(self) -> Ring:
+        if self.direct is not None:
+            return Ring(self.direct.buffers, self.direct.device.settle)
+        is_pinned = torch.cuda.is_available()
+        return Ring([torch.empty(self.piece_bytes, dtype=torch.uint8, pin_memory=is_pinned) for _ in range(BUFFERS)])
 
-    def _outcome(self, lane: Lane, digest: str) -> Outcome:
-        if not lane.fault:
-            return Outcome(lane.place.node, digest)
-        self._carriers.pop(lane.place).close()  # its connection may be in the middle of something
-        return Outcome(lane.place.node, fault=lane.fault)
+    def _lanes(self, plan: UpdatePlan, rank: int) -> list[Lane]:
+        if self.direct is not None:
+            return [Lane(carrier, [target.name for target in of]) for carrier, of in self.direct.carriers(plan, rank)]
+        places = plan.for_rank(rank)
+        if places:
+            self._forget(
+                self._carriers[one] for one in self._carriers.keys() - set(places)
+            )  # left, or has a new folder
+        for place in places:
+            if place not in self._carriers:
+                self._carriers[place] = carrier_to(place, plan)
+        return [Lane(self._carriers[place], [place.node]) for place in places]
+
+    def _forget(self, carriers: Iterable[Carrier]) -> None:
+        """Close those to nodes: a connection may be in the middle of something."""
+        gone = list(carriers)
+        for place, carrier in list(self._carriers.items()):
+            if carrier in gone:
+                self._carriers.pop(place).close()
+
+
+def drain(weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Go through the rest of an export, which is collective: another rank may still need this one."""
+    for _ in weights:
+        pass
 
 
 def carrier_to(place: Place, plan: UpdatePlan) -> Carrier:
@@ -113,12 +155,18 @@ def carrier_to(place: Place, plan: UpdatePlan) -> Carrier:
 
 
 class Lane:
-    """The carrier to one place, whose calls run in order in a thread of its own; leaving the context waits for all."""
+    """A carrier to `names`, whose calls run in order in a thread of its own; leaving the context waits for all."""
 
-    def __init__(self, place: Place, carrier: Carrier) -> None:
-        self.place, self.carrier = place, carrier
+    def __init__(self, carrier: Carrier, names: Sequence[str]) -> None:
+        self.carrier, self.names = carrier, names
         self.fault = ""  # the first; after it nothing is carried
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"weights to {place.node}")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"weights to {', '.join(names)}")
+
+    def outcomes(self, digest: str) -> Iterator[Outcome]:
+        """What became of each of `names`."""
+        for name in self.names:
+            fault = self.carrier.dropped.get(name, self.fault)
+            yield Outcome(name, fault=fault) if fault else Outcome(name, digest)
 
     def do(self, action: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> Future[None]:
         return self._pool.submit(self._try, functools.partial(action, *args, **kwargs))
@@ -139,17 +187,19 @@ class Lane:
 
 
 class Ring:
-    """BUFFERS buffers in turn; one is given out again when every lane is done with it."""
+    """`buffers` in turn; one is given out again when every lane is done with it.
 
-    def __init__(self, size: int) -> None:
-        on_device = torch.cuda.is_available()
-        self.buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=on_device) for _ in range(BUFFERS)]
-        self.loans: list[list[Future[None]]] = [[] for _ in range(BUFFERS)]
+    `settle` returns when what was written into them is there.
+    """
+
+    def __init__(self, buffers: Sequence[Tensor], settle: Callable[[], None] = lambda: None) -> None:
+        self.buffers, self.settle = buffers, settle
+        self.loans: list[list[Future[None]]] = [[] for _ in buffers]
         self.turn = 0
 
     def free_buffer(self) -> Tensor:
         """The next buffer [size] uint8; waits for the slowest lane, whose carrier keeps to its deadline."""
-        self.turn = (self.turn + 1) % BUFFERS
+        self.turn = (self.turn + 1) % len(self.buffers)
         wait(self.loans[self.turn])
         return self.buffers[self.turn]
 

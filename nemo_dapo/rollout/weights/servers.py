@@ -6,29 +6,16 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
 from nemo_dapo.rollout.weights.pack import Piece
+from nemo_dapo.rollout.weights.plan import Target
 from nemo_dapo.telemetry.escape import printable
 
 GRACE_SECONDS = 5.0  # for an answer after the deadline of what it is an answer to
-
-
-@dataclass(frozen=True)
-class Target:
-    """One server: where its workers are, by the UUID of each one's device, and which NCCL they have."""
-
-    name: str
-    url: str
-    gpus: tuple[str, ...]
-    nccl: int = 0
-
-    @property
-    def workers(self) -> int:
-        return len(self.gpus)
 
 
 class ServerCalls:

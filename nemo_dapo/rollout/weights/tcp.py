@@ -27,6 +27,7 @@ class TCPCarrier:
     def __init__(self, place: Place, token: str) -> None:
         self.place, self.token = place, token
         self.version, self.deadline = -1, 0.0
+        self.dropped: dict[str, str] = {}
         self.connection: HTTPConnection | None = None
         self.is_waited_for = (
             False  # an answer: it is read before the next request, so that pieces are checked meanwhile
