@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_dapo.types import Group, TrainBatch
+from nemo_dapo.types import Group, Sample, TrainBatch
 
 
 @dataclass
@@ -82,8 +82,24 @@ def make_batch(groups: Sequence[Group], advantages: Tensor, *, overlong_filter: 
         at = response + length
         ids[response:at] = sample.token_ids[:length]
         values[response:at] = sample.logprobs[:length]
-    scores = advantages.flatten().to(torch.float32)
-    return TrainBatch(torch.from_numpy(ids), lengths, prompt_lengths, torch.from_numpy(values), scores)
+    scores, routes = advantages.flatten().to(torch.float32), _joined_routes([sample for _, sample in samples], lengths)
+    return TrainBatch(torch.from_numpy(ids), lengths, prompt_lengths, torch.from_numpy(values), scores, routes=routes)
+
+
+def _joined_routes(samples: Sequence[Sample], lengths: Tensor) -> Tensor | None:
+    """[T, L, K] of all sequences, None where one has none; a last token, which went nowhere, goes to the first K."""
+    each = [sample.routes for sample in samples if sample.routes is not None]
+    if not each or len(each) < len(samples):
+        return None
+    _, layers, top_k = each[0].shape
+    # What gloo and NCCL carry and sum: uint16 is neither's.
+    dtype, at = np.uint8 if each[0].dtype == np.uint8 else np.int32, 0
+    joined = np.empty((int(lengths.sum()), layers, top_k), dtype)
+    for routes, length in zip(each, lengths.tolist(), strict=True):
+        known = min(length, len(routes))
+        joined[at : at + known], joined[at + known : at + length] = routes[:known], np.arange(top_k, dtype=dtype)
+        at += length
+    return torch.from_numpy(joined)
 
 
 def costs(lengths: Sequence[int], hidden_size: int) -> list[float]:

@@ -127,6 +127,9 @@ class Controller:
         metrics["rollout/reward"] = float(rewards.mean()) if rewards.numel() else 0.0
         metrics["rollout/tokens_per_second"] = collected.generated_tokens / max(collected.flights.seconds, 1e-9)
         metrics["rollout/prompts_consumed"] = float(self.sampler.counters["groups_judged"])
+        if self.config.rollout.return_routes:  # else recorded by the trainer: of groups that an earlier run sampled
+            samples = [sample for group in collected.groups for sample in group.samples]
+            metrics["rollout/with_routes"] = sum(s.routes is not None for s in samples) / max(len(samples), 1)
         return metrics | self.engine.metrics()
 
     def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:

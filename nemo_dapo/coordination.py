@@ -150,6 +150,7 @@ def share_batch(
 
     lengths, prompt_lengths = share("lengths", torch.int64), share("prompt_lengths", torch.int64)
     advantages = share("advantages", torch.float32)
+    routed = _share_kind_of_routes(None if batch is None else batch.routes, group)
     owner = owners(lengths)
     rank = dist.get_rank()
     # The others' parts first: rank 0's own replica waits for nobody else.
@@ -161,13 +162,24 @@ def share_batch(
         size = int((lengths * held).sum())
         if batch is None:
             tokens, logprobs = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.float32)
+            routes = None if routed is None else routed.new_empty(size, *routed.shape[1:])
         else:
             part = batch.select(held.nonzero().flatten())
-            tokens, logprobs = part.tokens, part.rollout_logprobs
-        if size:
-            _pass_on(tokens, ranks, group)
-            _pass_on(logprobs, ranks, group)
-    return TrainBatch(tokens, lengths, prompt_lengths, logprobs, advantages, held)
+            tokens, logprobs, routes = part.tokens, part.rollout_logprobs, part.routes
+        for values in (tokens, logprobs, routes):
+            if size and values is not None:
+                _pass_on(values, ranks, group)
+    return TrainBatch(tokens, lengths, prompt_lengths, logprobs, advantages, held, routes)
+
+
+def _share_kind_of_routes(routes: Tensor | None, group: dist.ProcessGroup | None) -> Tensor | None:
+    """On every rank an empty tensor [0, L, K] of the dtype of rank 0's routes; None where it has none."""
+    kind = torch.zeros(3, dtype=torch.int64)
+    if routes is not None:
+        kind = torch.tensor([*routes.shape[1:], routes.element_size()])
+    dist.broadcast(kind, src=0, group=group)
+    layers, top_k, width = kind.tolist()
+    return torch.empty(0, layers, top_k, dtype=torch.uint8 if width == 1 else torch.int32) if width else None
 
 
 def _pass_on(values: Tensor, ranks: Sequence[int], group: dist.ProcessGroup | None) -> None:

@@ -73,12 +73,16 @@ class Sample:
     engine's own log-probability (nats) of each; `finish_reason` is `stop` (the model ended), `length` (cut at `max_tokens`)
     or `abort`. Both arrays are read-only, made from whatever sequence is given: eight bytes a token, where Python's own
     numbers take eighty. The text is made where it is needed: `nemo_dapo.detokenizer`.
+
+    `routes` [P + R - 1, L, K] uint8 or uint16, where the engine tells them, are the experts that prompt and response went
+    to in all L layers of the model; the last token went nowhere. They are no part of what is stored of a sample.
     """
 
     token_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
     finish_reason: str
     versions: tuple[VersionSpan, ...] = ()
+    routes: NDArray[np.integer] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", _read_only(self.token_ids, np.int32))
@@ -181,7 +185,8 @@ class TrainBatch:
         rollout_logprobs  0 0 0 a b | 0 0 c d e      [T]  float32, of tokens[t]; 0 on prompt tokens
         advantages        A_0, A_1                   [B]  float32, Eq. 9: one value a sequence
         held              1, 1                       [B]  bool; None: all
-        routes            the experts of tokens[t]   [T, L, K]  uint8 or int32, of the L layers that have any; None: unknown
+        routes            the experts of tokens[t]   [T, L, K]  uint8 or int32, of the L layers that have any, or of all;
+                                                                None: unknown
     """
 
     tokens: Tensor

@@ -28,9 +28,16 @@ Act = Callable[["Handler"], None]
 
 
 def frames(
-    tokens: list[int] = TOKENS, logprobs: list[float] = LOGPROBS, version: int = 0, reason: str = "stop"
+    tokens: list[int] = TOKENS,
+    logprobs: list[float] = LOGPROBS,
+    version: int = 0,
+    reason: str = "stop",
+    routes: wire.Routes | None = None,
 ) -> bytes:
-    return wire.encode_final(0, 0, tokens, logprobs, finish_reason=reason, versions=[[version, 0, len(tokens)]])
+    sent = [] if routes is None else list(wire.encode_routes(0, 0, routes))
+    versions = [[version, 0, len(tokens)]]
+    end = wire.encode_final(len(sent), 0, tokens, logprobs, finish_reason=reason, versions=versions, routes=routes)
+    return b"".join([*sent, end])
 
 
 def choice(tokens: list[int] = TOKENS, version: int = 0, **changes: Any) -> dict[str, Any]:

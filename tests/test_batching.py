@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,6 +95,38 @@ def test_sequences_of_a_pack_do_not_run_into_each_other() -> None:
     assert micro.ref_logprobs is not None
     assert micro.old_logprobs[micro.mask].tolist() == [-7, -8, -1, -2]
     assert micro.ref_logprobs[micro.mask].tolist() == [-14, -16, -2, -4]
+
+
+def routed(prompt: int, response: int, experts: int, reason: str = "stop") -> tuple[Prompt, Sample]:
+    routes = np.full((prompt + response - 1, 2, 3), experts, np.uint16 if experts > 255 else np.uint8)
+    sample = Sample(range(response), [-1.0] * response, reason, routes=routes)  # type: ignore[arg-type]
+    return Prompt(str(experts), tuple(range(prompt)), "", ""), sample
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(9, torch.uint8), (300, torch.int32)])
+def test_the_routes_of_samples_are_the_batch_s_token_for_token(largest: int, dtype: torch.dtype) -> None:
+    pairs = [routed(2, 3, largest), routed(1, 2, largest - 1, "length")]
+    groups = [Group(prompt, (sample,), (Verdict(True),)) for prompt, sample in pairs]
+    scores = torch.zeros(2, 1)
+    routes = make_batch(groups, scores).routes
+    assert routes is not None
+    assert (routes.dtype, routes.shape) == (dtype, (8, 2, 3))
+    assert routes[:, 1].tolist() == [
+        *([[largest] * 3] * 4),
+        [0, 1, 2],  # a last token goes nowhere: to experts that differ
+        *([[largest - 1] * 3] * 2),
+        [0, 1, 2],
+    ]
+    filtered = make_batch(groups, scores, overlong_filter=True).routes
+    assert filtered is not None
+    assert filtered[:, 0].tolist() == [*([[largest] * 3] * 4), [0, 1, 2], [largest - 1] * 3]
+
+
+def test_a_batch_with_a_sample_without_routes_has_none() -> None:
+    prompt, sample = routed(2, 3, 9)
+    without = dataclasses.replace(sample, routes=None)
+    groups = [Group(prompt, (sample, without), (Verdict(True), Verdict(False)))]
+    assert make_batch(groups, torch.zeros(1, 2)).routes is None
 
 
 def test_routes_lie_as_tokens_do_and_filling_goes_to_experts_that_differ() -> None:

@@ -317,7 +317,7 @@ def test_no_check_between_options_is_without_a_test() -> None:
     """Each `yield` of a check is one complaint, provoked above or by other models below."""
     checks = Path(checks_between_options.__file__).read_text() + Path(checks_of_layouts.__file__).read_text()
     complaints = len(re.findall(r"^ +yield (?!from)", checks, re.MULTILINE))
-    by_models = 11  # sizes that do not divide, experts, adapters, routes
+    by_models = 13  # sizes that do not divide, experts, adapters, routes
     no_yield_of_their_own = {
         "no model",  # of model_family.py
         "top k",
@@ -417,6 +417,13 @@ def test_adapters_that_the_model_cannot_have_are_refused(
     [
         ({}, [], ["model.replay_routes=true", "dense", "false"]),
         (EXPERTS, ["model.megatron.moe_router_fusion=true"], ["moe_router_fusion=true", "leave one"]),
+        (
+            EXPERTS,
+            ["rollout.return_routes=true", "model.replay_routes=false"],
+            ["nothing follows", "replay_routes=true"],
+        ),
+        (EXPERTS, ["rollout.return_routes=true", "+rollout.vllm.pipeline_parallel_size=2"], ["pipeline_parallel_size"]),
+        (EXPERTS, ["rollout.return_routes=true", "+rollout.vllm.enable_prefix_caching=false"], ["prefix cache"]),
     ],
 )
 def test_routes_that_cannot_be_replayed_are_refused(

@@ -35,7 +35,12 @@ def batch_of(lengths: list[int], prompt_lengths: list[int]) -> TrainBatch:
         prompt_lengths=torch.tensor(prompt_lengths, dtype=torch.int64),
         rollout_logprobs=-torch.arange(tokens, dtype=torch.float32) / 7,
         advantages=torch.linspace(-1, 1, len(lengths)),
+        routes=routes_of(tokens) if len(lengths) != 1 else None,  # with experts, and without
     )
+
+
+def routes_of(tokens: int) -> Tensor:
+    return (torch.arange(tokens * 6, dtype=torch.int32) * 7).view(tokens, 2, 3)
 
 
 async def _work() -> str:
@@ -173,6 +178,9 @@ def test_a_batch_arrives_as_it_was_sent_at_the_ranks_that_train_on_it(tmp_path: 
                 assert_same(getattr(received, name), getattr(part, name))
             for name in ("lengths", "prompt_lengths", "advantages"):
                 assert_same(getattr(received, name), getattr(batch, name))
+            assert (received.routes is None) == (batch.routes is None)
+            if batch.routes is not None:
+                assert_same(received.routes, part.routes)
 
 
 def assert_same(value: Tensor, expected: Tensor) -> None:

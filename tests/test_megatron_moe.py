@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from nemo_dapo.megatron.router_replay import columns_of
 from tests.child import run_module
 from tests.moe_scenarios import LAYOUTS, MODEL
 from tests.parallel_matrix import distance
@@ -17,6 +18,15 @@ from tests.policy_scenarios import make_train_batch
 
 EXPERTS, TOP_K = 4, 2
 EVERY = [name for layouts in LAYOUTS.values() for name in layouts]
+
+
+def test_routes_of_all_layers_and_of_those_with_experts_are_told_apart_and_another_model_s_refused() -> None:
+    with_experts = {2: 0, 4: 1}  # layers 1 and 3 of four have none
+    assert columns_of(torch.zeros(5, 2, 8), with_experts, num_layers=4, top_k=8) == {2: 0, 4: 1}
+    assert columns_of(torch.zeros(5, 4, 8), with_experts, num_layers=4, top_k=8) == {2: 1, 4: 3}
+    for shape in ((5, 3, 8), (5, 2, 4)):
+        with pytest.raises(ValueError, match="another model"):
+            columns_of(torch.zeros(shape), with_experts, num_layers=4, top_k=8)
 
 
 @pytest.fixture(scope="module")

@@ -293,12 +293,13 @@ def test_a_node_that_cannot_serve_the_run_is_refused_at_the_door_with_the_remedy
     assert "NCCL 2.27.5, the trainer has 2.28.3" in said
     assert "is another model there" in run.hub.refusals["n1"].reason
     run.run_file.unlink()
-    run.rollout.visible_devices = ["0", "1"]
+    run.rollout.visible_devices, run.rollout.return_routes = ["0", "1"], True
     (run.model / "config.json").unlink()
     code, said = end_of(run.agent("n1"))
     assert code == REFUSED
     assert f"model.path={run.model} cannot be read there" in said
     assert "output_dir" in said
+    assert "rollout.return_routes=false" in said
     name, refusal = run.do(run.hub.first_refusal())
     assert (name, refusal.is_final) == ("n1", True)
 

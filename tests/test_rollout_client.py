@@ -23,6 +23,7 @@ from nemo_dapo.rollout import client, control, wire
 from nemo_dapo.rollout import fleet as fleet_module
 from nemo_dapo.rollout import requests as requests_module
 from nemo_dapo.rollout import upkeep as upkeep_module
+from nemo_dapo.rollout.answers import Mixture
 from nemo_dapo.rollout.engine import VLLMEngine
 from nemo_dapo.rollout.fleet import MAX_RESTARTS, Fleet, SickError
 from nemo_dapo.rollout.progress import Progress
@@ -71,10 +72,11 @@ def engine_over() -> Iterator[Callable[..., VLLMEngine]]:
     """Builds engines over stand-ins, with a store of one small weight, and closes them after the test."""
     engines: list[VLLMEngine] = []
 
-    def build(servers: StandInServers, **options: object) -> VLLMEngine:
+    def build(servers: StandInServers, mixture: Mixture | None = None, **options: object) -> VLLMEngine:
         config = RolloutConfig(max_prompt_length=4, max_response_length=4, **options)  # type: ignore[arg-type]
         ledger, sender = Ledger(servers.places, "float32"), Sender(lambda: ExpectedWeights({"w": (2,)}))
-        engines.append(VLLMEngine(config, servers, ledger, sender, [1], VOCABULARY))  # type: ignore[arg-type]
+        sizes = [1], VOCABULARY, mixture
+        engines.append(VLLMEngine(config, servers, ledger, sender, *sizes))  # type: ignore[arg-type]
         return engines[-1]
 
     yield build
@@ -181,6 +183,52 @@ def test_a_cancelled_request_closes_its_connection_and_gives_its_place_back(star
     asyncio.run(cancel())
     assert wait_for(lambda: engine.upkeep.fleet.members[0].load == 0)
     assert server.dropped.wait(20)
+
+
+# -------------------------------------------------------------------- routes of experts
+
+MIXTURE = Mixture(layers=3, top_k=2, experts=8)
+
+
+def routes_of(rows: int) -> np.ndarray:
+    """Of `rows` tokens of MIXTURE; the first ones are the same whatever their number."""
+    return (np.arange(rows * 6, dtype=np.uint8) % 8).reshape(rows, 3, 2)
+
+
+def test_the_routes_of_prompt_and_response_come_with_a_sample(start, engine_over):
+    routes = routes_of(len(PROMPT.token_ids) + 2)
+    ((one,),) = generate(engine_over(StandInServers(start(stand.answer(stand.frames(routes=routes))).url), MIXTURE))
+    assert np.array_equal(one.routes, routes)
+
+
+def test_the_routes_of_tokens_gone_on_with_elsewhere_come_from_where_they_were_read_again(
+    start, engine_over, two_frames
+):
+    routes = routes_of(len(PROMPT.token_ids) + 3)
+    last = stand.frames([4, 1], [-0.25, -0.5], routes=routes)
+    server = start(stand.answer(last), [stand.begin(FIRST, SECOND, then=stand.close)])
+    server.go_on = two_frames
+    ((one,),) = generate(engine_over(StandInServers(server.url), MIXTURE))
+    assert one.token_ids.tolist() == [2, 3, 4, 1]
+    assert np.array_equal(one.routes, routes)
+
+
+@pytest.mark.parametrize(
+    ("routes", "complaint"),
+    [
+        (None, "--enable-return-routed-experts"),
+        (routes_of(5), r"routes \[5, 3, 2\] uint8, expected \[4, 3, 2\] uint8"),
+        (routes_of(4).astype(np.uint16), "up to 36 bytes of routes"),
+        (routes_of(4) + 1, "a token went to expert 8, expected 0 to 7"),
+        (routes_of(40), "up to 36 bytes of routes"),
+    ],
+)
+def test_routes_that_cannot_be_are_held_against_their_server(routes, complaint, start, engine_over, caplog):
+    sick = start(stand.answer(stand.frames(routes=routes)))
+    healthy = start(stand.answer(stand.frames(routes=routes_of(len(PROMPT.token_ids) + 2))))
+    engine = engine_over(StandInServers(sick.url, healthy.url), MIXTURE)
+    assert {s.routes.shape for group in generate(engine, n=2, groups=4) for s in group} == {(4, 3, 2)}
+    assert re.search(complaint, caplog.text)
 
 
 # -------------------------------------------------------------------- sick servers

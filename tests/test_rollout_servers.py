@@ -30,6 +30,7 @@ from nemo_dapo.rollout.command import (
     server_command,
     with_the_head_of,
 )
+from nemo_dapo.rollout.environment import server_environment
 from nemo_dapo.rollout.servers import ServersClosedError, Share, VLLMServers
 
 END_SECONDS = 20.0  # generous: this machine may be busy
@@ -90,6 +91,15 @@ def test_the_command_asks_for_processed_logprobs_and_does_not_show_the_key(tmp_p
         assert pair in pairs
     assert ("-m", "vllm.entrypoints.openai.api_server") in pairs
     assert "s3cret" not in " ".join(command)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_servers_tell_the_experts_of_tokens_where_these_are_wanted(wanted, tmp_path):
+    config = RolloutConfig(return_routes=wanted)
+    command = server_command(config, tmp_path, Precision.bf16, 5, 6, on_cpu=False)
+    assert ("--enable-return-routed-experts" in command) == wanted
+    environment = server_environment(config, Precision.bf16, 0, "key", {}, on_cpu=False)
+    assert (environment.get("VLLM_USE_V2_MODEL_RUNNER") == "1") == wanted
 
 
 def test_logits_are_as_exact_in_vllm_as_in_the_trainer(tmp_path):

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import httpx
@@ -349,6 +350,32 @@ def test_a_killed_server_is_restarted_with_the_newest_weights_and_goes_on_with_w
     for one, other in zip(everything, undisturbed, strict=True):
         assert one.versions == (VersionSpan(version, 0, 384),)
         assert np.abs(one.logprobs - other.logprobs).mean() < LOGPROB_TOLERANCE
+
+
+def test_the_route_sends_the_experts_that_an_engine_tells_before_the_end():
+    """vLLM tells them on GPUs alone: a stand-in for its engine does here."""
+    from vllm.sampling_params import SamplingParams as VLLMParams
+
+    from nemo_dapo.rollout import vllm_route
+
+    routes = np.arange(7 * 3 * 2, dtype=np.uint8).reshape(7, 3, 2)
+
+    class Engine:
+        async def generate(self, *_: object, **__: object):
+            for ids, finished in (([5, 6], False), ([1], True)):
+                logprobs = SimpleNamespace(logprobs=[-0.5] * len(ids))
+                said = SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason="stop", weight_versions=None)
+                said.routed_experts = routes if finished else None
+                yield SimpleNamespace(finished=finished, outputs=[said])
+
+    async def sent() -> bytes:
+        return b"".join([frame async for frame in vllm_route.frames(Engine(), {}, VLLMParams(), 0)])
+
+    reader = wire.FrameReader(3, routes.nbytes)
+    frames = list(reader.feed(asyncio.run(sent())))
+    reader.close()
+    assert [frame.kind for frame in frames] == [wire.TOKENS, wire.ROUTES, wire.FINAL]
+    assert np.array_equal(wire.routes_of(frames[1].extra, frames[2].final["routes"]), routes)
 
 
 def test_of_requests_that_wait_the_earlier_group_s_is_served_first_though_it_came_last(vllm_engine):

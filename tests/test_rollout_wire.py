@@ -32,7 +32,7 @@ def stream(lengths: list[int], seed: int = 0) -> bytes:
 
 
 def read(pieces: list[bytes]) -> list[wire.Frame]:
-    reader = wire.FrameReader(MAX_TOKENS)
+    reader = wire.FrameReader(MAX_TOKENS, max_route_bytes=1000)
     frames = [frame for piece in pieces for frame in reader.feed(piece)]
     reader.close()
     return frames
@@ -48,7 +48,8 @@ def test_what_is_encoded_is_read_back_bit_for_bit_in_pieces_of_any_size(
     again = b"".join(wire.encode(f.kind, f.number, f.first, f.token_ids, f.logprobs, f.extra) for f in frames)
     assert again == data
     assert [len(f.token_ids) for f in frames] == lengths
-    assert frames[-1].final == {"finish_reason": "stop", "versions": [[3, 0, sum(lengths)]], "total": sum(lengths)}
+    total, said = sum(lengths), frames[-1].final
+    assert said == {"finish_reason": "stop", "versions": [[3, 0, total]], "total": total, "routes": None}
 
 
 def test_an_answer_of_a_thousand_tokens_takes_less_than_nine_bytes_a_token() -> None:
@@ -64,8 +65,9 @@ def test_arrays_are_of_the_wire_s_types_and_cannot_be_written_to() -> None:
         frame.token_ids[0] = 1
 
 
-def test_every_damaged_byte_of_a_stream_is_noticed() -> None:
-    data = stream([9, 3, 5])
+@pytest.mark.parametrize("has_routes", [False, True])
+def test_every_damaged_byte_of_a_stream_is_noticed(has_routes: bool) -> None:
+    data = routed_stream(np.arange(24, dtype=np.uint8).reshape(3, 4, 2), 4) if has_routes else stream([9, 3, 5])
     for position in range(len(data)):
         for flipped in {1 << random.Random(position).randrange(8), 0xFF}:
             damaged = bytearray(data)
@@ -100,6 +102,48 @@ def test_a_stream_that_goes_on_for_ever_is_refused_before_it_is_stored() -> None
     header = wire.encode(wire.TOKENS, 1, 1024, ids, logprobs)[:32]
     with pytest.raises(wire.WireError, match="2048 tokens"):
         list(reader.feed(header))
+
+
+def routed_stream(routes: np.ndarray, tokens: int) -> bytes:
+    """`tokens` tokens in one frame, then the routes, then the end."""
+    out, number = wire.encode(wire.TOKENS, 0, 0, [7] * tokens, [-1.0] * tokens), 1
+    for frame in wire.encode_routes(1, tokens, routes):
+        out, number = out + frame, number + 1
+    return out + wire.encode_final(
+        number, tokens, [], [], finish_reason="length", versions=[[0, 0, tokens]], routes=routes
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("rows", [0, 3, 5000])
+def test_routes_are_read_back_whatever_their_size(dtype: type, rows: int) -> None:
+    """5,000 rows of 60 layers with 8 experts are more than two frames hold."""
+    routes = np.random.default_rng(rows).integers(0, np.iinfo(dtype).max, (rows, 60, 8)).astype(dtype)
+    data = routed_stream(routes, 4)
+    for size in (len(data), 70_001):
+        reader = wire.FrameReader(MAX_TOKENS, routes.nbytes)
+        frames = [frame for at in range(0, len(data), size) for frame in reader.feed(data[at : at + size])]
+        reader.close()
+        raw = b"".join(frame.extra for frame in frames if frame.kind == wire.ROUTES)
+        read_back = wire.routes_of(raw, frames[-1].final["routes"])
+        assert read_back is not None
+        assert (read_back.dtype, read_back.shape) == (routes.dtype, routes.shape)
+        assert np.array_equal(read_back, routes)
+
+
+def test_more_bytes_of_routes_than_can_be_are_refused_before_they_are_stored() -> None:
+    routes = np.zeros((100, 2, 8), np.uint8)
+    reader = wire.FrameReader(MAX_TOKENS, routes.nbytes - 1)
+    with pytest.raises(wire.WireError, match="up to 1599 bytes of routes in all"):
+        list(reader.feed(routed_stream(routes, 4)))
+    with pytest.raises(wire.WireError, match="up to 0 bytes"):
+        list(wire.FrameReader(MAX_TOKENS).feed(routed_stream(routes, 4)))
+
+
+def test_routes_that_are_not_what_the_end_says_are_refused() -> None:
+    for said in ([3, 2, 8, "uint8"], [2, 2, 8, "object"], [2, 2, 8], 5):
+        with pytest.raises((ValueError, TypeError)):
+            wire.routes_of(bytes(2 * 2 * 8), said)  # type: ignore[arg-type]
 
 
 def test_a_server_s_failure_arrives_with_its_reason() -> None:

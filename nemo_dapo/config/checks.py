@@ -298,6 +298,8 @@ def _check_adapters(config: RunConfig, model: dict[str, Any] | None) -> Iterator
 
 
 def _check_replay(config: RunConfig, model: dict[str, Any] | None) -> Iterator[str]:
+    if config.rollout.return_routes:
+        yield from _check_returned_routes(config)
     if not config.model.replay_routes:
         return
     if model is not None and not model_family.num_experts(model):
@@ -306,6 +308,17 @@ def _check_replay(config: RunConfig, model: dict[str, Any] | None) -> Iterator[s
         yield (
             "model.megatron.moe_router_fusion=true chooses experts before it looks at the routes of "
             "model.replay_routes=true; leave one of the two out"
+        )
+
+
+def _check_returned_routes(config: RunConfig) -> Iterator[str]:
+    if not config.model.replay_routes:
+        yield "rollout.return_routes=true brings routes that nothing follows; set model.replay_routes=true, or leave it out"
+    vllm = {key.replace("-", "_"): value for key, value in config.rollout.vllm.items()}
+    if int(vllm.get("pipeline_parallel_size") or 1) > 1 or vllm.get("enable_prefix_caching") is False:
+        yield (
+            "rollout.return_routes=true needs vLLM without pipeline parallelism and with its prefix cache; leave "
+            "rollout.vllm.pipeline_parallel_size and enable_prefix_caching out"
         )
 
 

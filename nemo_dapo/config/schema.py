@@ -179,6 +179,8 @@ class RolloutConfig:
     # m: the weights that a token is sampled under may be this many pushes older than those that train on it. Then groups
     # that a step does not need stay for later ones, and generation goes on while the trainer updates; 0 = as in the paper
     max_staleness: int = number(0, at_least=0, at_most=64)
+    # answers bring the experts that each of their tokens went to, for model.replay_routes: vLLM on GPUs alone tells them
+    return_routes: bool = False
     # key-value cache of answers that are being generated when new weights come: kept, or recomputed under them
     inflight_cache: InflightCache = InflightCache.keep
     partial_answers: PartialAnswers = PartialAnswers.keep  # of a server that died: gone on with elsewhere, or discarded

@@ -39,6 +39,7 @@ class RouterReplay:
         self.recorded: Tensor | None = None
         if model:
             config = unwrap_model(model[0]).config
+            self.num_layers = config.num_layers
             self.sequence_parallel = config.sequence_parallel
             self.layers = layers_with_experts(config)
             self.shape = len(self.layers), config.moe_router_topk
@@ -88,9 +89,10 @@ class RouterReplay:
     def _set_targets(self, mine: list[Any], routes: Tensor | None) -> None:
         assert routes is not None
         rows = at_router(routes, self.sequence_parallel)
+        columns = columns_of(routes, self.layers, self.num_layers, self.shape[1])
         for router in mine:
             replay = router.router_replay
-            replay.set_target_indices(rows[:, self.layers[router.layer_number]].long())
+            replay.set_target_indices(rows[:, columns[router.layer_number]].long())
             if not self.computes_again:
                 replay.replay_backward_list.clear()
 
@@ -112,6 +114,20 @@ def layers_with_experts(config: Any) -> dict[int, int]:
         pattern = [i % pattern == 0 for i in range(config.num_layers)]
     numbers = [number for number, has_experts in enumerate(pattern, start=1) if has_experts]
     return {number: position for position, number in enumerate(numbers)}
+
+
+def columns_of(routes: Tensor, layers: dict[int, int], num_layers: int, top_k: int) -> dict[int, int]:
+    """Where in `routes` [T, L, K] each layer's experts are, by layer_number: of layers with experts alone, or of all.
+
+    The trainer records the former, vLLM tells the latter. Raises ValueError for routes of another model.
+    """
+    _, told, chosen = routes.shape
+    if chosen == top_k and told in (len(layers), num_layers):
+        return layers if told == len(layers) else {number: number - 1 for number in layers}
+    raise ValueError(
+        f"routes of {told} layers and {chosen} experts a token came, the model has {num_layers} layers, {len(layers)} of "
+        f"them with experts, and sends a token to {top_k}: are the servers of another model?"
+    )
 
 
 def dtype_of_routes(experts: int) -> torch.dtype:

@@ -1,6 +1,6 @@
 """What a server may answer, and what can not be right: nothing else is trained on.
 
-R response tokens of one sample.
+R response tokens of one sample, P of its prompt.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_dapo.rollout.wire import Ids, Logprobs
+from nemo_dapo.rollout.wire import Ids, Logprobs, Routes
 from nemo_dapo.types import VersionSpan
 
 # vLLM's JSON carries this floor in place of NaN and -inf.
@@ -29,12 +29,13 @@ class UnusableAnswerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """One sample as a server sent it: `token_ids` [R] int32, `logprobs` [R] float32 (nats)."""
+    """One sample as a server sent it: `token_ids` [R] int32, `logprobs` [R] float32 (nats), `routes` [P + R - 1, L, K]."""
 
     token_ids: Ids
     logprobs: Logprobs
     finish_reason: str
     versions: tuple[VersionSpan, ...]
+    routes: Routes | None = None
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,47 @@ class Ending:
 
     finish_reason: str
     versions: tuple[VersionSpan, ...]
+    routes: Routes | None = None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What the routes of a model's tokens look like: in each of `layers`, `top_k` of `experts`.
+
+    vLLM counts all layers, those without experts too, whose rows mean nothing.
+    """
+
+    layers: int
+    top_k: int
+    experts: int
+
+    @property
+    def dtype(self) -> str:
+        return "uint8" if self.experts <= 256 else "uint16"
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.layers * self.top_k * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What was asked for. `vocab_size` 0 = unknown; `oldest_version` is that of the weights when the request was sent."""
+    """What was asked for. `vocab_size` 0 = unknown; `oldest_version` is that of the weights when the request was sent.
+
+    `mixture` is None where no routes are to come.
+    """
 
     uid: str
     max_tokens: int
     stop_token_ids: frozenset[int]
     vocab_size: int = 0
     oldest_version: int = 0
+    prompt_tokens: int = 0
+    mixture: Mixture | None = None
+
+    @property
+    def max_route_bytes(self) -> int:
+        return (self.prompt_tokens + self.max_tokens) * self.mixture.bytes_per_token if self.mixture else 0
 
 
 def check(answer: Answer, expected: Expected, newest_version: int) -> None:
@@ -83,6 +114,7 @@ def _problem(answer: Answer, expected: Expected, newest_version: int) -> str | N
         or _wrong_tokens(answer, expected)
         or _wrong_logprobs(answer)
         or _wrong_versions(answer.versions, size, expected.oldest_version, newest_version)
+        or _wrong_routes(answer, expected)
     )
 
 
@@ -122,6 +154,21 @@ def _wrong_versions(spans: Sequence[VersionSpan], size: int, oldest: int, newest
     versions = [span.version for span in spans]
     if versions != sorted(versions) or versions[0] < oldest or versions[-1] > newest:
         return f"weight versions {_shown(spans)}, expected {oldest} to {newest}: the server missed an update"
+    return None
+
+
+def _wrong_routes(answer: Answer, expected: Expected) -> str | None:
+    mixture, routes = expected.mixture, answer.routes
+    if mixture is None:
+        return None
+    if routes is None:
+        return "no routes of its tokens came with it: its server needs our plugin and --enable-return-routed-experts"
+    # The last token predicts nothing: it went nowhere.
+    shape = (expected.prompt_tokens + len(answer.token_ids) - 1, mixture.layers, mixture.top_k)
+    if routes.shape != shape or routes.dtype.name != mixture.dtype:
+        return f"routes {list(routes.shape)} {routes.dtype}, expected {list(shape)} {mixture.dtype}"
+    if routes.size and routes.max() >= mixture.experts:
+        return f"a token went to expert {routes.max()}, expected 0 to {mixture.experts - 1}"
     return None
 
 

@@ -172,25 +172,27 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
 async def _read_frames(
     response: aiohttp.ClientResponse, server: Server, expected: Expected, on_tokens: OnTokens
 ) -> Ending:
-    reader = wire.FrameReader(expected.max_tokens)
+    reader, routes = wire.FrameReader(expected.max_tokens, expected.max_route_bytes), bytearray()
     last: wire.Frame | None = None
     try:
         async for piece in response.content.iter_any():
             for last in reader.feed(piece):
                 on_tokens(last.token_ids, last.logprobs)
+                if last.kind == wire.ROUTES:
+                    routes += last.extra
         reader.close()
     except wire.WireError as error:
         raise UnusableAnswerError(f"sample of prompt {expected.uid}: {error}") from error
     assert last is not None, "a stream that closed well had a last frame"
-    ending = _read_end(last, expected.uid)
+    ending = _read_end(last, expected.uid, routes)
     if ending.versions or server.reports_versions:
         return ending
     size = last.first + len(last.token_ids)
     return dataclasses.replace(ending, versions=(VersionSpan(expected.oldest_version, 0, size),))
 
 
-def _read_end(last: wire.Frame, uid: str) -> Ending:
-    """Finish reason and weight versions of an answer, by its last frame; raises what a failed one amounts to."""
+def _read_end(last: wire.Frame, uid: str, routes: bytearray) -> Ending:
+    """Finish reason, weight versions and routes of an answer, by its last frame; raises what a failed one amounts to."""
     if last.kind == wire.FAILED:
         said = printable(last.extra.decode(errors="replace"), 300)
         if said.startswith("refused"):
@@ -201,7 +203,7 @@ def _read_end(last: wire.Frame, uid: str) -> Ending:
         if final["total"] != last.first + len(last.token_ids):
             raise ValueError(f"it says {final['total']!r:.40} tokens and sent {last.first + len(last.token_ids)}")
         versions = tuple(VersionSpan(*(int(edge) for edge in span)) for span in final["versions"])
-        return Ending(str(final["finish_reason"]), versions)
+        return Ending(str(final["finish_reason"]), versions, wire.routes_of(routes, final.get("routes")))
     except (wire.WireError, KeyError, TypeError, ValueError) as error:
         raise UnusableAnswerError(f"sample of prompt {uid}: {type(error).__name__}: {error}") from error
 

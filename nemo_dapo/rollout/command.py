@@ -31,6 +31,7 @@ RESERVED = {
     "api_key": "rollout.api_key_file",
     "logprobs_mode": "nothing: the trainer needs processed_logprobs",
     "tokens_only": "nothing: the trainer sends token ids",
+    "enable_return_routed_experts": "rollout.return_routes",
     "weight_transfer_config": "nothing: the trainer sends the weights",
     "disable_log_stats": "nothing: a server that hangs is known by its counts of tokens",
 }
@@ -77,6 +78,8 @@ def server_command(
     fixed = ["--model", str(model_path), "--host", config.host, "--port", str(port), "--seed", str(seed)]
     fixed += ["--dtype", DTYPES[precision], "--tokens-only", "--logprobs-mode", "processed_logprobs"]
     fixed += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
+    if config.return_routes:
+        fixed += ["--enable-return-routed-experts"]
     # vLLM guards only its public routes with the key; the middleware guards those that change weights as well.
     fixed += ["--middleware", "nemo_dapo.rollout.vllm_plugin.RequireKey", "--disable-uvicorn-access-log"]
     module = [config.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"]

@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from nemo_dapo.config import Placement, Precision, RolloutConfig, Transport
+from nemo_dapo.config import Placement, Precision, RolloutConfig, Transport, model_family
 from nemo_dapo.hf_folder import expected_weights
 from nemo_dapo.rollout import client, sharing
+from nemo_dapo.rollout.answers import Mixture
 from nemo_dapo.rollout.attached import AttachedServers
 from nemo_dapo.rollout.command import DTYPES
 from nemo_dapo.rollout.fleet import Member
@@ -52,6 +53,7 @@ class VLLMEngine:
         sender: Sender,
         stop_token_ids: list[int],
         vocab_size: int = 0,
+        mixture: Mixture | None = None,
     ) -> None:
         self.config, self.servers, self.sender = config, servers, sender
         self._told: dict[str, float] = {}  # of the totals, what `metrics` has told
@@ -61,10 +63,11 @@ class VLLMEngine:
         is_direct = config.transport is Transport.device
         target = servers.target if is_direct and isinstance(servers, ServingNodes) else None
         self.upkeep = Upkeep(config, servers, ledger, self.loop, target)
-        self.requests = self._run(self._open(stop_token_ids, vocab_size))
+        self.requests = self._run(self._open(stop_token_ids, vocab_size, mixture))
 
-    async def _open(self, stop_token_ids: list[int], vocab_size: int) -> Requests:
-        return Requests(self.config, self.upkeep, client.session(self.servers.headers), stop_token_ids, vocab_size)
+    async def _open(self, stop_token_ids: list[int], vocab_size: int, mixture: Mixture | None) -> Requests:
+        http = client.session(self.servers.headers)
+        return Requests(self.config, self.upkeep, http, stop_token_ids, vocab_size, mixture)
 
     @classmethod
     def start(
@@ -119,7 +122,8 @@ class VLLMEngine:
             nccl = spelled(NCCL().version()) if sharing.needs_nccl(config) else ""
             servers = ServingNodes(config, model_path, precision, run_dir, seed, weights, names=nodes, nccl=nccl)
         try:
-            engine = cls(config, servers, ledger, Sender(lambda: expected), stop_token_ids, vocab_size)
+            sizes = stop_token_ids, vocab_size, mixture_of(model) if config.return_routes else None
+            engine = cls(config, servers, ledger, Sender(lambda: expected), *sizes)
             engine.upkeep.paused.append(STARTING)
             return engine
         except BaseException:
@@ -242,3 +246,8 @@ class VLLMEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def mixture_of(model: dict[str, Any]) -> Mixture:
+    """Of the `config.json` of a mixture of experts."""
+    return Mixture(model["num_hidden_layers"], model["num_experts_per_tok"], model_family.num_experts(model))

@@ -71,6 +71,8 @@ def server_environment(
         "PYTHONUNBUFFERED": "1",
         "JOBLIB_MULTIPROCESSING": "0",  # else an import leaves a semaphore in /dev/shm when the process is killed
     }
+    if config.return_routes:
+        ours["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the only one that tells the experts of a token
     numerics = FULL_FP32 if precision is Precision.fp32 else {}
     kept = {key: value for key, value in inherited.items() if not is_trainers(key)}
     return {

@@ -55,6 +55,8 @@ def prepare(
             "it has no GPU that its vLLM could use, and rollout.transport=device sends weights from GPU to GPU: set "
             "rollout.transport=host"
         )
+    if config.return_routes and on_cpu:
+        problems.append("vLLM on a CPU does not tell the experts of a token: set rollout.return_routes=false")
     if plan.spans_hosts:
         config.host = listen_host(config.host, address)
     try:

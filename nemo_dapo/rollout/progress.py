@@ -104,15 +104,16 @@ class Progress:
         spans = self.spans
         for span in ending.versions:
             spans = joined(spans, VersionSpan(span.version, span.start + self.kept, span.end + self.kept))
-        return self._answer(Ending(ending.finish_reason, spans))
+        return self._answer(Ending(ending.finish_reason, spans, ending.routes))  # of the kept tokens too: it read them
 
     def finish(self, answer: Answer) -> None:
         """The sample is whole and good: the draft's."""
         self.counts.tokens_gone_on_with += self.kept
-        self.draft.sample = Sample(*self.received.take(), answer.finish_reason, answer.versions)
+        self.draft.sample = Sample(*self.received.take(), answer.finish_reason, answer.versions, answer.routes)
 
     def _answer(self, ending: Ending) -> Answer:
-        return Answer(self.received.token_ids, self.received.logprobs, ending.finish_reason, ending.versions)
+        tokens = self.received.token_ids, self.received.logprobs
+        return Answer(*tokens, ending.finish_reason, ending.versions, ending.routes)
 
     def _spans(self) -> tuple[VersionSpan, ...]:
         """Of the tokens whose version is known."""

@@ -53,7 +53,8 @@ class LateError(Exception):
 class Requests:
     """Samples from the servers of `upkeep`, by whatever requests it takes; everything but `asked` runs in its event loop.
 
-    `partial` counts the tokens of answers that broke off. `vocab_size` 0 = unknown.
+    `partial` counts the tokens of answers that broke off. `vocab_size` 0 = unknown; `mixture` is that of a model whose
+    tokens' routes are to come.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Requests:
         http: aiohttp.ClientSession,
         stop_token_ids: list[int],
         vocab_size: int = 0,
+        mixture: answers.Mixture | None = None,
     ) -> None:
         self.config, self.upkeep, self.http = config, upkeep, http
-        self.stop_token_ids, self.vocab_size = stop_token_ids, vocab_size
+        self.stop_token_ids, self.vocab_size, self.mixture = stop_token_ids, vocab_size, mixture
         lengths = config.max_prompt_length + config.max_response_length
         self.max_model_len = int(config.vllm.get("max_model_len") or lengths)
         self.partial = Counts()
@@ -137,7 +139,14 @@ class Requests:
 
     def _progress(self, asked: Asked, draft: Draft) -> Progress:
         stops = frozenset(self.stop_token_ids)
-        expected = answers.Expected(asked.prompt.uid, asked.params.max_tokens, stops, self.vocab_size)
+        expected = answers.Expected(
+            asked.prompt.uid,
+            asked.params.max_tokens,
+            stops,
+            self.vocab_size,
+            prompt_tokens=len(asked.prompt.token_ids),
+            mixture=self.mixture,
+        )
         keeps = self.config.partial_answers is PartialAnswers.keep
         return Progress(expected, keeps, self.partial, crosses=self.config.max_staleness > 0, draft=draft)
 
@@ -147,7 +156,12 @@ class Requests:
         upkeep, life, limit, uid = self.upkeep, member.life, self.config.request_timeout, asked.prompt.uid
         kept = progress.begin(upkeep.version, is_updating=bool(upkeep.paused))
         whole = dataclasses.replace(progress.expected, oldest_version=progress.oldest_version)
-        rest = dataclasses.replace(whole, max_tokens=whole.max_tokens - len(kept), oldest_version=progress.version)
+        rest = dataclasses.replace(
+            whole,
+            max_tokens=whole.max_tokens - len(kept),
+            oldest_version=progress.version,
+            prompt_tokens=whole.prompt_tokens + len(kept),
+        )
         body = client.with_salt(asked.body if not len(kept) else self._body_from(asked, kept), upkeep.version)
 
         def on_tokens(token_ids: wire.Ids, logprobs: wire.Logprobs) -> None:

@@ -79,8 +79,12 @@ async def frames(engine: Any, prompt: TokensPrompt, params: SamplingParams, prio
                 yield wire.encode(wire.TOKENS, number, first, ids, logprobs)
             else:
                 spans = [(int(span.version), span.start, span.end) for span in piece.weight_versions or ()]
-                reason = piece.finish_reason or "abort"
-                yield wire.encode_final(number, first, ids, logprobs, finish_reason=reason, versions=spans)
+                reason, routes = piece.finish_reason or "abort", getattr(piece, "routed_experts", None)
+                for frame in wire.encode_routes(number, first, routes) if routes is not None else ():
+                    yield frame
+                    number += 1
+                said: dict[str, Any] = {"finish_reason": reason, "versions": spans, "routes": routes}
+                yield wire.encode_final(number, first, ids, logprobs, **said)
             number, first = number + 1, first + len(ids)
     except ValueError as error:  # the request's own fault: a prompt that is too long, an option out of range
         yield wire.encode_failed(number, first, f"refused: {error}")
