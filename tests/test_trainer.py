@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from nemo_dapo import checkpoint
+from nemo_dapo import trainer as trainer_module
 from nemo_dapo.batching import make_batch
 from nemo_dapo.checkpoint import CheckpointError
 from nemo_dapo.config import (
@@ -33,15 +34,18 @@ from nemo_dapo.config import (
     RolloutConfig,
     RunConfig,
     TrainerConfig,
+    Transport,
 )
 from nemo_dapo.controller import Rollout
 from nemo_dapo.interfaces import NonFiniteGradientError
 from nemo_dapo.rollout.host import node_name
+from nemo_dapo.rollout.weights import direct
 from nemo_dapo.rollout.weights.plan import Seat, Sent, UpdatePlan
 from nemo_dapo.stages import check_order
 from nemo_dapo.telemetry.metrics import Mean
 from nemo_dapo.trainer import DAPOTrainer
 from nemo_dapo.types import Group, Prompt, Sample, Stage, Verdict
+from tests.stand_in_devices import HostMemory
 
 N, G, R = 2, 2, 3  # prompts, samples a prompt, response tokens
 
@@ -212,13 +216,54 @@ def test_a_stop_between_two_steps_saves_once(tmp_path: Path) -> None:
     assert stub.calls.count("save") == 1
 
 
-def trainer(stub: Stub, folder: Path, **algorithm: Any) -> DAPOTrainer:
+class ToDevices(Stub):
+    """Of a run whose servers none live: what goes to devices is exported, and sent to nobody."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.calls.append("export")
+        yield "weight", torch.zeros(self.size)
+
+    def begin_update(self, version: int, seats: Any) -> UpdatePlan:
+        assert seats == [Seat(node_name(), "GPU-0")]
+        self.calls.append(f"weights {version}")
+        return UpdatePlan(version, "bfloat16", 9.0, "", is_direct=True)
+
+
+def test_weights_for_devices_are_looked_at_once_before_any_server_is_told_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "gpu_uuid", lambda: "GPU-0")
+    monkeypatch.setattr(direct, "GPU", HostMemory)
+    stub = ToDevices(4)
+    made = trainer(stub, tmp_path, transport=Transport.device)
+    for version in range(2):
+        made.progress.rollout_steps, stub.stage = version, Stage.train
+        made.sync_weights()
+    assert [call for call in stub.calls if "wake" not in call] == [
+        "export",
+        "weights 0",
+        "export",
+        "weights 1",
+        "export",
+    ]
+
+    stub = ToDevices(5)
+    with pytest.raises(ValueError, match=r"weight \(5,\) instead of \(4,\).*nothing was replaced"):
+        trainer(stub, tmp_path, transport=Transport.device).sync_weights()
+    assert stub.calls[-1] == "export"
+
+
+def trainer(stub: Stub, folder: Path, transport: Transport = Transport.host, **algorithm: Any) -> DAPOTrainer:
     """On a model folder of one tensor."""
     config = RunConfig(
         model=ModelConfig(path=str(model_folder(folder))),
         algorithm=AlgorithmConfig(prompts_per_step=N, group_size=G, minibatch_size=G, **algorithm),
         trainer=TrainerConfig(max_steps=2),
-        rollout=RolloutConfig(max_logprob_gap=1e-3),
+        rollout=RolloutConfig(max_logprob_gap=1e-3, transport=transport),
         optimizer=OptimizerConfig(max_refused_updates=2),
         evaluation=EvaluationConfig(every=0),
     )
