@@ -1,8 +1,9 @@
 """One rank's way into the devices of servers: which carriers it has, over which memory, and with whom it meets.
 
-rank 0              broadcasts to servers that share nobody's GPU
-every rank          of a host whose GPUs servers share holds the pieces for its own; the first one there tells the servers
-all other ranks     take part in the export alone
+    rank 0              broadcasts to servers that share nobody's GPU
+    every rank          of a host whose GPUs servers share holds the pieces for its own; the first there tells the servers
+
+All other ranks take part in the export alone.
 """
 
 from __future__ import annotations

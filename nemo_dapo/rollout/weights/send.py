@@ -124,10 +124,8 @@ class Sender:
         if self.direct is not None:
             return [Lane(carrier, [target.name for target in of]) for carrier, of in self.direct.carriers(plan, rank)]
         places = plan.for_rank(rank)
-        if places:
-            self._forget(
-                self._carriers[one] for one in self._carriers.keys() - set(places)
-            )  # left, or has a new folder
+        gone = self._carriers.keys() - set(places) if places else set()  # nodes that left, or have another folder
+        self._forget(self._carriers[place] for place in gone)
         for place in places:
             if place not in self._carriers:
                 self._carriers[place] = carrier_to(place, plan)
