@@ -197,7 +197,8 @@ def begin_records(config: RunConfig, run_dir: Path, loader: Any, reports: Any, r
     else:
         state = checkpoint.read_state_without_window(run_dir / "checkpoints", resumed)
         checkpoint.require_same_model(state, config.model)
-        loader.accepted_changes(state["loader"])
+        if not checkpoint.has_weights_alone(state):
+            loader.accepted_changes(state["loader"])
     write_config(run_dir / "config.yaml", config)
     write_manifest(run_dir / "manifest.json", config, reports)
 

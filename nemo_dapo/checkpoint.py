@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -30,7 +30,7 @@ from nemo_dapo.config import ModelConfig
 from nemo_dapo.coordination import found_alike
 from nemo_dapo.digests import FileDigest
 from nemo_dapo.files import set_aside as number_aside
-from nemo_dapo.interfaces import Policy
+from nemo_dapo.interfaces import Policy, TakenPolicy
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,12 @@ REMEDY = "restore one from a copy, or start anew with checkpoint.resume=never"
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; the earlier ones are intact."""
+
+
+class Savable(Protocol):
+    """The part of a policy that a checkpoint is made by; see `Policy.take`."""
+
+    def take(self, path: Path, *, portable: bool, apart: bool) -> TakenPolicy: ...
 
 
 def latest(directory: Path) -> int | None:
@@ -54,7 +60,7 @@ def latest(directory: Path) -> int | None:
 def save(
     directory: Path,
     step: int,
-    policy: Policy,
+    policy: Savable,
     state: Mapping[str, Any] | None,
     *,
     keep: int,
@@ -100,7 +106,7 @@ class Writing:
         self.own: list[Path] = []  # files beside the policy's
         self.share: Future[dict[str, Any]] = Future()  # digests of the files that this rank wrote, by name
 
-    def take(self, policy: Policy, state: Mapping[str, Any] | None, *, portable: bool, apart: bool) -> None:
+    def take(self, policy: Savable, state: Mapping[str, Any] | None, *, portable: bool, apart: bool) -> None:
         """What is to be written; of the policy as in `Policy.take`, `state` at once."""
 
         def begin() -> None:
@@ -299,6 +305,11 @@ def read_state_without_window(directory: Path, step: int) -> dict[str, Any]:
     """As `read_state`, and small: what a resume is checked by."""
     state: dict[str, Any] = json.loads((directory / _name(step) / "state.json").read_text())
     return state
+
+
+def has_weights_alone(state: Mapping[str, Any]) -> bool:
+    """Whether a run begins with this checkpoint, made of a model folder, and does not go on from it."""
+    return bool(state.get("weights_alone"))
 
 
 def load(directory: Path, step: int, policy: Policy) -> None:

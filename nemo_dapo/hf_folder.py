@@ -75,6 +75,37 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry["shape"]) for name, entry in read_header(file).items()}
 
 
+class FolderTensors(Mapping[str, "Tensor"]):
+    """The tensors of a folder by name, each read anew into memory of its own: safetensors maps whole files instead."""
+
+    def __init__(self, folder: Path) -> None:
+        self.places = {
+            name: (file, entry) for file in weight_files(folder) for name, entry in read_header(file).items()
+        }
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        import torch
+
+        file, entry = self.places[name]
+        start, end = entry["data_offsets"]
+        content = torch.empty(end - start, dtype=torch.uint8)
+        with file.open("rb", buffering=0) as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            opened.seek(8 + length + start)
+            view = memoryview(content.numpy())  # type: ignore[arg-type]
+            while len(view):
+                if not (count := opened.readinto(view)):
+                    raise ValueError(f"{file} ends within {name}; restore it from a copy")
+                view = view[count:]
+        return content.view(getattr(torch, TORCH_DTYPES[entry["dtype"]])).view(entry["shape"])
+
+
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
     """What a safetensors file says of each tensor: an 8-byte little-endian length, then a JSON header of that length."""
     with file.open("rb") as opened:
@@ -125,6 +156,15 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def check_weights(sent: Mapping[str, tuple[int, ...]], expected: ExpectedWeights) -> None:
     """Raise ValueError that lists missing and unexpected names and wrong shapes, if there are any."""
+    if found := mismatch(sent, expected):
+        raise ValueError(
+            f"the exported weights are not those of the model folder ({found}); expected each of its "
+            f"{len(expected.shapes)} parameters exactly once: nothing was replaced"
+        )
+
+
+def mismatch(sent: Mapping[str, tuple[int, ...]], expected: ExpectedWeights) -> str:
+    """Missing and unexpected names and wrong shapes, the first ones of each; empty where there are none."""
     missing = sorted(expected.shapes.keys() - sent.keys() - expected.optional)
     unexpected = sorted(sent.keys() - expected.shapes.keys() - expected.optional)
     wrong = [
@@ -133,12 +173,7 @@ def check_weights(sent: Mapping[str, tuple[int, ...]], expected: ExpectedWeights
         if name in sent and sent[name] != shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of the wrong shape": wrong}
-    if any(problems.values()):
-        found = "; ".join(f"{len(names)} {kind}: {', '.join(names[:8])}" for kind, names in problems.items() if names)
-        raise ValueError(
-            f"the exported weights are not those of the model folder ({found}); expected each of its "
-            f"{len(expected.shapes)} parameters exactly once: nothing was replaced"
-        )
+    return "; ".join(f"{len(names)} {kind}: {', '.join(names[:8])}" for kind, names in problems.items() if names)
 
 
 def buckets(weights: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
@@ -159,6 +194,7 @@ def buckets(weights: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[
             bucket, size = {}, 0
         bucket[name] = tensor.detach().to("cpu", copy=True).contiguous()
         size += tensor.nbytes
+        del tensor  # the next one needs the memory
     if bucket:
         yield bucket
 
@@ -210,6 +246,7 @@ def _write_shards(folder: Path, shards: Iterable[dict[str, Tensor]]) -> None:
         names.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
         save_file(shard, files[-1], metadata={"format": "pt"})
+        shard.clear()  # before the next one fills
         shutil.copymode(folder / "config.json", files[-1])  # safetensors makes it private
     if len(files) == 1:
         files[0].rename(folder / SINGLE)

@@ -332,8 +332,8 @@ class DAPOTrainer:
     def resume(self) -> None:
         """Go on from the checkpoint of step `resumed`.
 
-        Raises ValueError, before anything of the policy is read, where it is of another model or other data. Options of the
-        optimizer may have changed: this run's are used, and said.
+        One of weights alone is where a run begins. Raises ValueError, before anything of the policy is read, where it is of
+        another model or other data. Options of the optimizer may have changed: this run's are used, and said.
         """
         if self.resumed is None:
             return
@@ -341,14 +341,18 @@ class DAPOTrainer:
             state = checkpoint.read_state(self.checkpoints, self.resumed)
             lead(lambda: self.restore_controller(state) if self.controller else never(), self.group)
             checkpoint.load(self.checkpoints, self.resumed, self.policy)
-        self.progress = Progress(**state["progress"])
-        if self.controller is not None:
+        self.progress = Progress(**state.get("progress", {}))
+        if self.controller is not None and checkpoint.has_weights_alone(state):
+            print(f"begun with the weights of {self.checkpoints}; all else is at its beginning", flush=True)
+        elif self.controller is not None:
             print(f"resumed from {self.checkpoints} at {self.progress}", flush=True)
 
     async def restore_controller(self, state: dict[str, Any]) -> None:
         """Rank 0's part of `resume`; raises ValueError for another model or other data."""
         assert self.controller is not None
         checkpoint.require_same_model(state, self.config.model)
+        if checkpoint.has_weights_alone(state):
+            return
         self.controller.load_state_dict(state)
         before = state["optimizer"]
         now = self.optimizer_options()

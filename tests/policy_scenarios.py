@@ -548,8 +548,7 @@ def infect_common(path: Path, payload: Payload) -> None:
 def infect_shard(path: Path, payload: Payload) -> None:
     """An object behind the last byte of a shard, to which the table of contents leads."""
     table = pickle.loads((path / ".metadata").read_bytes())  # our own
-    kinds = table.state_dict_metadata
-    index = next(i for i in table.storage_data if type(kinds[i.fqn]).__name__ == "BytesStorageMetadata")
+    index = next(iter(table.storage_data))
     info = table.storage_data[index]
     file = path / info.relative_path
     offset = file.stat().st_size

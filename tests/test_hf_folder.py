@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_dapo.hf_folder import ExpectedWeights, buckets, check_weights, expected_weights, weight_files, write_model
+from nemo_dapo.hf_folder import (
+    ExpectedWeights,
+    _write_shards,
+    buckets,
+    check_weights,
+    expected_weights,
+    weight_files,
+    write_model,
+)
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 EXPECTED = ExpectedWeights({"a": (2, 3), "b": (4,)})
@@ -140,3 +149,19 @@ def test_an_incomplete_export_is_an_error_and_the_earlier_folder_stays(
     write_model(place, weights_of(source).items(), source)
     assert [file.name for file in tmp_path.iterdir()] == ["trained"]
     assert torch.equal(weights_of(place)["model.norm.weight"], weights_of(source)["model.norm.weight"])
+
+
+def test_a_shard_is_gone_when_the_next_one_fills(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    alive: list[weakref.ref[Tensor]] = []
+
+    def shards() -> Iterator[dict[str, Tensor]]:
+        for number in range(3):
+            assert not any(tensor() is not None for tensor in alive)
+            shard = {f"tensor {number}": torch.zeros(4)}
+            alive.append(weakref.ref(shard[f"tensor {number}"]))
+            yield shard
+            del shard
+
+    _write_shards(tmp_path, shards())
+    assert len(alive) == len(weight_files(tmp_path)) == 3

@@ -549,3 +549,21 @@ def test_a_moved_model_folder_is_the_same_model(tmp_path: Path) -> None:
     resumed.resume()
     assert stub.calls == ["load controller", "load step_000002"]
     assert resumed.progress.rollout_steps == 2
+
+
+def test_a_checkpoint_of_weights_alone_is_where_a_run_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saving_trainer(Stub(), tmp_path).fit()
+    place = tmp_path / "checkpoints" / "step_000002" / "state.json"
+    saved = json.loads(place.read_text())
+    place.write_text(json.dumps({key: saved[key] for key in ("step", "model", "precision")} | {"weights_alone": True}))
+    stub = Stub()
+    begun = saving_trainer(stub, tmp_path, resumed=2)
+    begun.resume()
+    assert stub.calls == ["load step_000002"]
+    assert begun.progress.rollout_steps == 0
+    assert "all else is at its beginning" in capsys.readouterr().out
+    change_precision(begun.config)
+    with pytest.raises(ValueError, match=r"model\.precision bf16 -> fp32"):
+        begun.resume()

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_dapo.config.schema import DataConfig, RewardConfig, RunConfig
+from nemo_dapo.config.schema import DataConfig, ModelConfig, RewardConfig, RunConfig
 
 
 @dataclass
@@ -128,6 +128,16 @@ def typed(config: DictConfig) -> RunConfig:
         raise ValueError(explain(error)) from error
     assert isinstance(run, RunConfig)
     return run
+
+
+def saved_model(file: Path) -> ModelConfig:
+    """The options of the model in `file`, a run's config.yaml. Raises ValueError that names the key it does not know."""
+    try:
+        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(file).model))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{file}: model.{explain(error)}") from error
+    assert isinstance(model, ModelConfig)
+    return model
 
 
 def explain(error: Exception) -> str:

@@ -2,11 +2,15 @@
 
 Weights are laid out by parameter in both: any layout of ranks can load them. Optimizer states are, too, in a *portable*
 one; else each rank writes and reads its own share as it lies, without gathering and without host memory for more than that,
-and tensor and pipeline parallel sizes are part of the form. `saving` writes them.
+and tensor and pipeline parallel sizes are part of the form. `saving` writes them. `conversion` writes weights alone.
+
+What Transformer Engine's layers keep beside their parameters is neither saved nor read: a pickle, of scales that only a
+recipe with a memory has, and there from the first save of a run on GPUs, so that no other host could read one.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +22,11 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_dapo.megatron.unpickling import nothing_is_unpickled, refuse_pickled_modules
+from nemo_dapo.megatron.unpickling import nothing_is_unpickled
 
 KEPT_BY_STEP = ("params", "step")  # of a param group: all else are options
 LONGEST_CAUSE = 300  # characters: Megatron lists every parameter where one is missing
+EXTRA = re.compile(r"\._extra_state\d*$")  # numbered ones are of grouped experts
 REMEDY = "restore it from a copy, or start anew with checkpoint.resume=never"
 
 # The gathering of a portable one goes over gloo to one data-parallel rank's host memory: saving takes no GPU memory.
@@ -31,6 +36,7 @@ PORTABLE = {
     "chained_optim_avoid_prefix": True,
 }
 BY_RANK = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
+WEIGHTS_ALONE = "nemo_dapo_weights_alone"  # in the checkpoint's metadata where it has no optimizer's states
 LAYOUT = "nemo_dapo_layout"  # in the checkpoint's metadata: what the saving run was started with
 
 
@@ -55,37 +61,46 @@ def sharded_state(
     metadata = dict(form)  # Megatron adds the process groups of the layout to it
     for i, chunk in enumerate(model):
         name = "model" if len(model) == 1 else f"model{i}"
-        state[name] = unwrap_model(chunk).sharded_state_dict(prefix="", metadata=metadata)
+        state[name] = sharded_weights(unwrap_model(chunk), metadata)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
         state["scheduler"] = scheduler.state_dict()
     return state
 
 
+def sharded_weights(model: Any, form: dict[str, Any]) -> dict[str, Any]:
+    """Where each parameter of the unwrapped `model` lies in a checkpoint, by its name here."""
+    parts = model.sharded_state_dict(prefix="", metadata=form)
+    return {name: part for name, part in parts.items() if not EXTRA.search(name)}
+
+
 def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> None:
     """Read from `path` into the model, the optimizer and the schedule, whose options stay as they are; collective.
 
-    Without an optimizer the weights alone.
+    Without an optimizer the weights alone. One that holds no more leaves the optimizer at its beginning, with these.
 
     Raises RuntimeError that names the checkpoint and the cause.
     """
     try:
         with nothing_is_unpickled():
             form = dict(dist_checkpointing.load_content_metadata(str(path)) or PORTABLE)
-            if optimizer is not None:
+            states = None if form.get(WEIGHTS_ALONE) else optimizer
+            if states is not None:
                 _check_layout(form)
-            template = sharded_state(model, optimizer, scheduler, form, is_loading=True)
+            template = sharded_state(model, states, scheduler, form, is_loading=True)
             reading = serialization.get_default_load_sharded_strategy(str(path))
             # Gathered states are wanted whole by every rank: to pass them on takes half as much memory again.
-            if optimizer is None or not _is_portable(form):
+            if states is None or not _is_portable(form):
                 reading = FullyParallelLoadStrategyWrapper(reading, replicas())
             state = dist_checkpointing.load(template, str(path), reading)
         for i, chunk in enumerate(model):
             weights = state["model" if len(model) == 1 else f"model{i}"]
-            refuse_pickled_modules(weights)
-            unwrap_model(chunk).load_state_dict(weights, strict=True)
-        if optimizer is not None:
+            unread = [name for name in unwrap_model(chunk).state_dict() if EXTRA.search(name)]
+            unwrap_model(chunk).load_state_dict(weights | dict.fromkeys(unread), strict=True)
+        if states is not None:
             _load_optimizer(state, optimizer, scheduler)
+        elif optimizer is not None:
+            optimizer.reload_model_params()
     except (CheckpointException, Exception) as error:
         raise RuntimeError(f"cannot read the checkpoint {path}: {cause(error)}; {REMEDY}") from error
 

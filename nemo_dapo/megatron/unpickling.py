@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import StorageMeta
 
@@ -83,16 +82,3 @@ def nothing_is_unpickled() -> Iterator[None]:
         yield
     finally:
         FileSystemReader.read_metadata, torch.load = kept_read, kept_load  # type: ignore[method-assign]
-
-
-def refuse_pickled_modules(state: dict[str, Any]) -> None:
-    """Raises ValueError for a module's extra state with content: Transformer Engine unpickles what FP8 keeps there."""
-    for name, value in state.items():
-        if name.endswith("_extra_state") and _holds_something(value):
-            raise ValueError(f"it holds {name}, a pickle of FP8 layers, which is not read: train without FP8")
-
-
-def _holds_something(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() > 0
-    return value is not None

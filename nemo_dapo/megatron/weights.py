@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,16 @@ class Exporter:
         """Collective. A parameter that the bridge has no mapping for has no task; whoever counts the weights names it."""
         return [task for task in self.bridge.get_conversion_tasks(self.model) if task is not None]
 
-    def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter once, by its Hugging Face name, full, on every rank; collective over TP and PP."""
+    def export(self, tasks: Iterable[Any] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter once, by its Hugging Face name, full, on every rank; collective over TP and PP.
+
+        `tasks` are those of the model with their parameters filled in one after another; by default they are there.
+        """
         weights = self.bridge.export_hf_weights(
             self.model,
             cpu=False,
             show_progress=False,
-            conversion_tasks=adapters.merged_tasks(self.tasks, self.model),
+            conversion_tasks=adapters.merged_tasks(self.tasks if tasks is None else tasks, self.model),
             merge_adapter_weights=False,
         )
         for name, weight in weights:
