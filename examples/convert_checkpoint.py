@@ -23,7 +23,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: a machine that ha
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from nemo_dapo import entry, hf_folder
-from nemo_dapo.config import ModelConfig, ParallelConfig, Precision
+from nemo_dapo.config import Fp8, ModelConfig, ParallelConfig, Precision
 from nemo_dapo.config.compose import saved_model
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def options_of(args: argparse.Namespace) -> ModelConfig:
         raise ValueError(f"there is no {written}: say by --model which folder the run started from")
     options = saved_model(written) if written.is_file() else ModelConfig()
     options.path = args.model or options.path
+    options.fp8 = Fp8.none  # of products on GPUs: weights are the same
     return options
 
 

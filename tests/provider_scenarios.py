@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from nemo_dapo.config import ModelConfig, ParallelConfig
-from tests.published_models import PUBLISHED
+from nemo_dapo.config import Fp8, ModelConfig, ParallelConfig
+from tests.published_models import PUBLISHED, QWEN25_32B
 
+DENSE = QWEN25_32B | {"num_hidden_layers": 2}
 PLAIN_TYPES = (bool, int, float, str, type(None))
 ASKED: dict[str, dict[str, Any]] = {
     "Qwen3-30B-A3B": {
@@ -29,6 +30,7 @@ ASKED: dict[str, dict[str, Any]] = {
 def transformer_engine_said_to_be_there() -> Iterator[None]:
     """Stands in for a GPU with Transformer Engine, as far as a configuration without a model asks for them."""
     from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer import transformer_config
     from megatron.core.transformer.moe import moe_utils
 
     from nemo_dapo.megatron import provider
@@ -39,6 +41,7 @@ def transformer_engine_said_to_be_there() -> Iterator[None]:
         for name in (*fused, *sorted_):
             stack.enter_context(mock.patch.object(moe_utils, name, object(), create=True))
         stack.enter_context(mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb_thd", object()))
+        stack.enter_context(mock.patch.object(transformer_config, "is_te_min_version", return_value=True))
         stack.enter_context(mock.patch.object(provider, "has_transformer_engine", return_value=True))
         stack.enter_context(mock.patch("torch.cuda.is_available", return_value=True))
         yield
@@ -57,16 +60,19 @@ def settings_of(provider: Any) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if type(v) is not list or all(type(each) in PLAIN_TYPES for each in v)}
 
 
-def parameters(bridge: Any, path: str) -> int:
-    """Parameters of the whole model, built by Megatron-core without memory for them."""
+def without_memory(bridge: Any, options: ModelConfig) -> Any:
+    """The whole model, built by Megatron-core."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from nemo_dapo.megatron.provider import make_provider
 
-    provider = make_provider(bridge, ModelConfig(path), ParallelConfig())
+    provider = make_provider(bridge, options, ParallelConfig())
     provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     provider.init_model_with_meta_device = True
-    model = provider.provide(pre_process=True, post_process=True)
+    return provider.provide(pre_process=True, post_process=True)
+
+
+def parameters(model: Any) -> int:
     assert all(p.is_meta for p in model.parameters())
     return sum(p.numel() for p in model.parameters())
 
@@ -83,11 +89,26 @@ def provider_settings(job: Any) -> dict[str, Any]:
         out[name] = {"plain": settings_of(make_provider(bridge, ModelConfig(path), layout))}
         with transformer_engine_said_to_be_there():
             out[name]["fused"] = settings_of(make_provider(bridge, ModelConfig(path), layout))
+            out[name]["fp8"] = settings_of(make_provider(bridge, ModelConfig(path, fp8=Fp8.blockwise), layout))
             if name in ASKED:
                 out[name]["asked"] = settings_of(make_provider(bridge, ModelConfig(path, megatron=ASKED[name]), layout))
         if name != "DeepSeek-V3":  # whose layers need Transformer Engine
-            out[name]["parameters"] = parameters(bridge, path)
-    return out | {"refused": refusals(job.folder)}
+            out[name]["parameters"] = parameters(without_memory(bridge, ModelConfig(path)))
+    path = folder_of(job.folder, "fp8", DENSE)
+    eight = without_memory(load_bridge(path), ModelConfig(path, fp8=Fp8.blockwise))
+    configs = [module.config for module in eight.modules() if hasattr(module, "config")]
+    out["fp8 of modules"] = [(config.fp8, config.fp8_recipe, config.fp8_param) for config in configs]
+    return out | {"refused": refusals(job.folder), "packs in blocks": packs(job)}
+
+
+def packs(job: Any) -> dict[str, list[int]]:
+    """Lengths of a batch's packs, without products in FP8 and with them."""
+    from tests.policy_scenarios import Layout, make_train_batch
+
+    policy, lengths = job.policy(Layout()), {}
+    for policy.fp8 in Fp8:
+        lengths[policy.fp8.value] = [micro.tokens.numel() for micro in policy._microbatches(make_train_batch())]
+    return lengths
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

@@ -317,7 +317,7 @@ def test_no_check_between_options_is_without_a_test() -> None:
     """Each `yield` of a check is one complaint, provoked above or by other models below."""
     checks = Path(checks_between_options.__file__).read_text() + Path(checks_of_layouts.__file__).read_text()
     complaints = len(re.findall(r"^ +yield (?!from)", checks, re.MULTILINE))
-    by_models = 13  # sizes that do not divide, experts, adapters, routes
+    by_models = 16  # sizes that do not divide, experts, adapters, routes, products in eight bits
     no_yield_of_their_own = {
         "no model",  # of model_family.py
         "top k",
@@ -410,6 +410,41 @@ def test_adapters_that_the_model_cannot_have_are_refused(
     message = complaint(*command, *arguments, world_size=2)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "capability", "parts"),
+    [
+        ([], None, ["model.fp8=blockwise", "no GPU here", "set model.fp8=none"]),
+        ([], (8, 9), ["Hopper", "compute capability is 8.9", "set model.fp8=none"]),
+        (["model.precision=fp32"], (9, 0), ["model.precision=fp32", "set model.precision=bf16"]),
+        (
+            ["parallel=tp2", "model.lora.rank=16"],
+            (9, 0),
+            ["multiples of 16", "lora.rank over", "=2 is 8"],
+        ),
+    ],
+)
+def test_products_in_eight_bits_that_cannot_be_are_refused(
+    arguments: list[str],
+    capability: tuple[int, int] | None,
+    parts: list[str],
+    command: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "transformer_engine")
+    message = complaint(*command, "model.fp8=blockwise", *arguments, world_size=2)
+    for part in parts:
+        assert part in message
+
+
+def test_without_transformer_engine_there_are_no_products_in_eight_bits(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert "this interpreter has no transformer_engine" in complaint(*command, "model.fp8=blockwise")
 
 
 @pytest.mark.parametrize(

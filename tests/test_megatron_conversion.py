@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from examples.convert_checkpoint import arguments, check, options_of
+from nemo_dapo.config import Fp8
 from nemo_dapo.hf_folder import FolderTensors, weight_files
 from tests.child import run_module
 from tests.conversion_scenarios import LORA, RUNS, SHARD_BYTES, SHARD_OF_WIDE, WIDE
@@ -122,6 +123,11 @@ def test_the_options_are_the_runs(folder: Path, tmp_path: Path) -> None:
     assert (moved.lora, moved.path) == (LORA, "x")
     with pytest.raises(ValueError, match=r"no .*config\.yaml: say by --model which folder the run started from"):
         options_of(given("hf", tmp_path / "a" / "b" / "step_000001", tmp_path))
+
+
+def test_a_run_with_products_in_eight_bits_is_converted_without_a_gpu(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {path: x, fp8: blockwise}\n")
+    assert options_of(given("hf", tmp_path / "checkpoints" / "step_000001", tmp_path)).fp8 is Fp8.none
 
 
 def test_a_config_of_another_version_names_the_option(folder: Path, tmp_path: Path) -> None:

@@ -5,10 +5,14 @@ Providers and, without memory, whole models were made in a child process (`provi
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import pytest
 
+from nemo_dapo.config import Fp8
+from nemo_dapo.megatron.provider import tokens_multiple
 from tests.policy_runs import PolicyRuns
 from tests.provider_scenarios import ASKED
 from tests.published_models import PUBLISHED
@@ -139,3 +143,36 @@ def test_layers_that_do_not_divide_leave_the_last_stage_fewer(built: dict[str, A
 def test_what_cannot_be_built_is_refused_with_its_reason(built: dict[str, Any], case: str, words: list[str]) -> None:
     for word in words:
         assert word in built["refused"][case]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_products_in_eight_bits_are_scaled_by_blocks_and_weights_stay(built: dict[str, Any], name: str) -> None:
+    plain, eight = built[name]["fused"], built[name]["fp8"]
+    changed = {option: value for option, value in eight.items() if plain.get(option) != value}
+    assert changed == {"fp8": "e4m3", "fp8_recipe": "blockwise"}
+    assert (plain["fp8"], eight["fp8_param"], eight["bf16"]) == (None, False, True)
+
+
+def test_every_module_is_told_of_products_in_eight_bits(built: dict[str, Any]) -> None:
+    told = built["fp8 of modules"]
+    assert len(told) == 20
+    assert set(told) == {("e4m3", "blockwise", False)}
+
+
+@pytest.mark.parametrize("fp8", Fp8)
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_packs_divide_among_context_and_tensor_ranks_into_whole_blocks(fp8: Fp8, on_gpu: bool) -> None:
+    for context, tensor in itertools.product((1, 2, 3, 8), (1, 2, 4, 8)):
+        chunks = 2 * context if context > 1 else 1
+        multiple = tokens_multiple(fp8, context_chunks=chunks * tensor, ranks_of_tokens=context * tensor, on_gpu=on_gpu)
+        assert multiple % chunks == 0
+        share, rest = divmod(multiple, context * tensor)
+        assert rest == 0
+        assert share % 128 == 0 or fp8 is Fp8.none
+        assert multiple <= math.lcm(256 if on_gpu else 1, 2 * 128 * context * tensor)
+
+
+def test_packs_are_filled_up_to_blocks(built: dict[str, Any]) -> None:
+    lengths = built["packs in blocks"]
+    assert lengths["none"] != lengths["blockwise"]
+    assert all(length % 128 == 0 for length in lengths["blockwise"])

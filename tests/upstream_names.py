@@ -71,7 +71,7 @@ def our_uses() -> Uses:
 SETTINGS = {
     ("provider.py", "model"): (
         *("numerics", "layout", "rotary_positions", "_latent_rope", "without_side_losses", "transformer_engine"),
-        *("plain_torch", "FULL_RECOMPUTATION"),
+        *("plain_torch", "FULL_RECOMPUTATION", "eight_bits"),
     ),
     ("optimizer.py", "optimizer"): ("make_optimizer",),
     ("optimizer.py", "ddp"): ("ddp_config",),

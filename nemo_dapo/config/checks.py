@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,8 +17,10 @@ from nemo_dapo.config.schema import (
     LAST_PORT,
     AlgorithmConfig,
     DecayStyle,
+    Fp8,
     OptimizerConfig,
     Placement,
+    Precision,
     RewardConfig,
     RunConfig,
     SequenceRatio,
@@ -26,6 +29,9 @@ from nemo_dapo.config.schema import (
 
 LOSSES = ("dapo", "cispo", "dr_grpo", "gspo")  # as in losses/, which must not be imported here
 ADAPTED_LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+HOPPER = (9, 0)  # compute capability
+FP8_MULTIPLE = 16  # of both sizes of a matrix in an FP8 product (transformer_engine: assert_dim_for_fp8_exec)
+SPLIT_SIZES = ("hidden_size", "intermediate_size")
 FUNCTION = re.compile(r"[\w.]+:\w+|https?://.+")
 
 
@@ -52,6 +58,7 @@ def validate(config: RunConfig, world_size: int) -> None:
             *_check_model(config, model),
             *_check_adapters(config, model),
             *_check_replay(config, model),
+            *_check_fp8(config, model),
             *_check_passed_through(config),
             *unreadable,
         ]
@@ -320,6 +327,35 @@ def _check_returned_routes(config: RunConfig) -> Iterator[str]:
             "rollout.return_routes=true needs vLLM without pipeline parallelism and with its prefix cache; leave "
             "rollout.vllm.pipeline_parallel_size and enable_prefix_caching out"
         )
+
+
+def _check_fp8(config: RunConfig, model: dict[str, Any] | None) -> Iterator[str]:
+    fp8, tp = config.model.fp8, config.parallel.tensor_model_parallel_size
+    if fp8 is Fp8.none:
+        return
+    if config.model.precision is not Precision.bf16:
+        yield f"model.fp8={fp8.value} beside model.precision={config.model.precision.value}: set model.precision=bf16"
+    if (problem := _no_fp8_here()) is not None:
+        yield f"model.fp8={fp8.value} needs Transformer Engine and Hopper GPUs or newer: {problem}; set model.fp8=none"
+    shares = {name: model[name] / tp for name in SPLIT_SIZES if model and model.get(name)}
+    shares |= {"model.lora.rank": config.model.lora.rank / tp}
+    for name, share in shares.items():
+        if share % FP8_MULTIPLE:
+            yield (
+                f"model.fp8={fp8.value} takes multiples of {FP8_MULTIPLE}: {name} over "
+                f"parallel.tensor_model_parallel_size={tp} is {share:g}; split it over fewer ranks, or set model.fp8=none"
+            )
+
+
+def _no_fp8_here() -> str | None:
+    import torch  # here: the schema alone needs no torch
+
+    if not torch.cuda.is_available():
+        return "there is no GPU here"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "this interpreter has no transformer_engine"
+    capability = torch.cuda.get_device_capability()
+    return None if capability >= HOPPER else f"this GPU's compute capability is {capability[0]}.{capability[1]}"
 
 
 def _check_model(config: RunConfig, model: dict[str, Any] | None) -> Iterator[str]:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 LAYOUTS = "nothing: the trainer has no process groups for it"
-FP8 = "nothing: micro-batches are not padded to FP8's block sizes"
+FP8 = "nothing: weights and their exchange stay in bfloat16 (model.fp8 is for products)"
+FP4 = "nothing: micro-batches are not filled up to FP4's block sizes"
 WIRED = "nothing: the policy sets it for its schedule"
 CONFIG_JSON = "nothing: config.json in model.path has it"
 LENGTHS = "nothing: micro-batches differ in length"
@@ -39,7 +40,8 @@ MODEL = {
     **dict.fromkeys(("hierarchical_context_parallel_sizes", "hybrid_context_parallel"), LAYOUTS),
     **dict.fromkeys(("bf16", "fp16", "params_dtype", "pipeline_dtype"), "model.precision"),
     **dict.fromkeys(("autocast_dtype", "enable_autocast"), "model.precision"),
-    **dict.fromkeys(("fp8", "fp8_recipe", "fp8_param", "fp4", "fp4_recipe", "fp4_param"), FP8),
+    **dict.fromkeys(("fp8", "fp8_recipe", "fp8_param"), "model.fp8"),
+    **dict.fromkeys(("fp4", "fp4_recipe", "fp4_param"), FP4),
     "variable_seq_lengths": LENGTHS,
     **dict.fromkeys(("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl"), LENGTHS),
     "calculate_per_token_loss": "nothing: the loss is divided once, by the tokens of the whole mini-batch",

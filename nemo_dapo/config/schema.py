@@ -25,6 +25,11 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
+class Fp8(Enum):
+    none = "none"
+    blockwise = "blockwise"
+
+
 class DecayStyle(Enum):
     constant = "constant"
     linear = "linear"
@@ -106,6 +111,8 @@ class ModelConfig:
     # logits of bfloat16 weights summed up and kept in float32, in the trainer and in vLLM, whose roundings differ
     fp32_logits: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
+    # products of the layers in 8 bits, scaled by blocks of 1 x 128 and 128 x 128, on Hopper GPUs; weights stay bf16
+    fp8: Fp8 = Fp8.none
     # a mixture's updates send each token to the experts of the pass that scored it before, not to those of a newer router
     replay_routes: bool = False
     megatron: dict[str, Any] = field(default_factory=dict)  # fields of Megatron-core's TransformerConfig

@@ -38,16 +38,13 @@ from nemo_dapo.megatron.memory import PolicyMemory
 from nemo_dapo.megatron.moe import ExpertLoad
 from nemo_dapo.megatron.optimizer import ddp_config, make_optimizer
 from nemo_dapo.megatron.parallel import all_reduce, device, full_float32
-from nemo_dapo.megatron.provider import make_provider
+from nemo_dapo.megatron.provider import make_provider, tokens_multiple
 from nemo_dapo.megatron.router_replay import RouterReplay
 from nemo_dapo.mismatch import Mismatch
 from nemo_dapo.telemetry.metrics import Max, Mean, Metric
 from nemo_dapo.types import Stage, TrainBatch
 
 log = logging.getLogger(__name__)
-
-# On a GPU packs are filled up to a multiple of this: of a few lengths, the allocator finds the last one's blocks again.
-TOKENS_ALIKE = 256
 
 
 class MegatronPolicy:
@@ -72,7 +69,7 @@ class MegatronPolicy:
         """
         if model.precision is Precision.fp32:
             full_float32()
-        self.max_tokens = tokens_per_microbatch
+        self.max_tokens, self.fp8 = tokens_per_microbatch, model.fp8
         self.ddp_options = parallel.ddp
         self.source = Path(model.path)
         self.bridge = weights.load_bridge(model.path)
@@ -175,9 +172,10 @@ class MegatronPolicy:
         """This rank's part of its replica's packed share of `batch`; without `minibatches` that is one."""
         cp, cp_rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
         chunks = 2 * cp if cp > 1 else 1
-        multiple_of = chunks * (self.provider.tensor_model_parallel_size if self.provider.sequence_parallel else 1)
-        if torch.cuda.is_available():
-            multiple_of = math.lcm(multiple_of, TOKENS_ALIKE)
+        tp = self.provider.tensor_model_parallel_size if self.provider.sequence_parallel else 1
+        multiple_of = tokens_multiple(
+            self.fp8, context_chunks=chunks * tp, ranks_of_tokens=cp * tp, on_gpu=torch.cuda.is_available()
+        )
         mine = self._plan(batch.lengths, minibatches)[self.replica]
         filled = batch.lengths + -batch.lengths % chunks
         # The interleaved schedule of two stages mixes up the shapes that it sends to the next stage and to the one before,

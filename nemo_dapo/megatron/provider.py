@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nemo_dapo.config import ModelConfig, ParallelConfig, Precision, reserved
+from nemo_dapo.config import Fp8, ModelConfig, ParallelConfig, Precision, reserved
 from nemo_dapo.config.model_family import LLAMA3_ROPE, STAGE_OPTIONS, layers_in_last_stage
 from nemo_dapo.megatron.parallel import expert_tensor_size, virtual_stages
 
@@ -33,6 +34,10 @@ FULL_RECOMPUTATION = {
 }
 # Fused routing chooses before it looks at what is to be replayed (seen in megatron-core 0.16.1).
 ROUTES_REPLAYED = {"moe_enable_routing_replay": True, "moe_router_fusion": False}
+# Tokens that share a scale in a weight's gradient under Transformer Engine's Float8BlockScaling.
+FP8_BLOCK = 128
+# On a GPU packs are filled up to a multiple of this: of a few lengths, the allocator finds the last one's blocks again.
+TOKENS_ALIKE = 256
 # Names of a yarn scaling in config.json -> in Megatron's MLATransformerConfig.
 YARN_ROPE = {
     "factor": "rotary_scaling_factor",
@@ -55,6 +60,7 @@ def make_provider(bridge: Any, model: ModelConfig, parallel: ParallelConfig) -> 
         **rotary_positions(bridge.hf_pretrained.config, provider),
         **without_side_losses(provider, model.megatron),
         **(transformer_engine(provider) if has_transformer_engine() else plain_torch()),
+        **eight_bits(model.fp8),
         **(recomputation(model.megatron) if torch.cuda.is_available() else {}),
         **(ROUTES_REPLAYED if model.replay_routes else {}),
         **model.megatron,
@@ -206,6 +212,25 @@ def plain_torch() -> dict[str, Any]:
         **dict.fromkeys(("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"), False),
         **dict.fromkeys(fusions, False),
     }
+
+
+def eight_bits(fp8: Fp8) -> dict[str, Any]:
+    """Products of the layers in FP8 (TransformerConfig); head, embedding, router and attention's scores stay as they are.
+
+    A block's scale is that of its numbers. Under Megatron's default recipe it is of earlier steps': two passes of the same
+    tokens would differ, and the ratio compares two.
+    """
+    return {} if fp8 is Fp8.none else {"fp8": "e4m3", "fp8_recipe": fp8.value, "fp8_param": False}
+
+
+def tokens_multiple(fp8: Fp8, *, context_chunks: int, ranks_of_tokens: int, on_gpu: bool) -> int:
+    """What the length of a pack is a multiple of: `context_chunks`, and of blocks for each of `ranks_of_tokens`.
+
+    These are the context-parallel ranks times those of sequence parallelism, which share the pack evenly. Under FP8 each
+    has whole blocks: its part is scaled before it is gathered.
+    """
+    multiple = math.lcm(context_chunks, ranks_of_tokens * (1 if fp8 is Fp8.none else FP8_BLOCK))
+    return math.lcm(multiple, TOKENS_ALIKE) if on_gpu else multiple
 
 
 def recomputation(asked: Mapping[str, Any]) -> dict[str, Any]:
