@@ -119,7 +119,8 @@ def exported(
 
 
 if __name__ == "__main__":
-    Sender.__init__.__defaults__ = (PIECE_BYTES,)  # so that a tiny model is sent in several pieces
+    # So that a tiny model is sent in several pieces.
+    Sender.__init__ = functools.partialmethod(Sender.__init__, piece_bytes=PIECE_BYTES)  # type: ignore[method-assign]
     look_after_each_sync()
     hold_up_where_asked()
     sys.argv = [str(SCRIPT), *sys.argv[1:]]
