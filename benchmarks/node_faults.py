@@ -32,7 +32,7 @@ from nemo_dapo.telemetry.escape import printable  # noqa: E402
 from tests.cluster import Cluster  # noqa: E402
 from tests.cluster.host import Host  # noqa: E402
 from tests.cluster.slurm import command_line  # noqa: E402
-from tests.cluster.small_run import environment, options  # noqa: E402
+from tests.cluster.small_run import options  # noqa: E402
 from tests.tiny import save_tiny_model  # noqa: E402
 
 FAULTS = {"server": ("KILL", "STOP"), "agent": ("KILL", "STOP"), "host": ("KILL", "STOP"), "link": ("DOWN",)}
@@ -125,8 +125,6 @@ def strike(watched: Watched, case: Case) -> float:
         time.sleep(5.0)
         watched.cluster.switch_on(host)
         watched.cluster.wait_for_hosts(PATIENCE)
-        env = environment(watched.folder, watched.folder / "run")
-        watched.cluster.sbatch(f"--nodelist={STRUCK}", "--output=/dev/null", "examples/slurm/serve.sbatch", env=env)
     else:
         for pid in running(host, PROGRAM[case.victim]):
             os.kill(pid, signal.Signals[f"SIG{case.fault}"])
