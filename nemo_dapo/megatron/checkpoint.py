@@ -95,14 +95,20 @@ def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> None:
             state = dist_checkpointing.load(template, str(path), reading)
         for i, chunk in enumerate(model):
             weights = state["model" if len(model) == 1 else f"model{i}"]
-            unread = [name for name in unwrap_model(chunk).state_dict() if EXTRA.search(name)]
-            unwrap_model(chunk).load_state_dict(weights | dict.fromkeys(unread), strict=True)
+            _load_weights(unwrap_model(chunk), weights)
         if states is not None:
             _load_optimizer(state, optimizer, scheduler)
         elif optimizer is not None:
             optimizer.reload_model_params()
     except (CheckpointException, Exception) as error:
         raise RuntimeError(f"cannot read the checkpoint {path}: {cause(error)}; {REMEDY}") from error
+
+
+def _load_weights(model: Any, weights: dict[str, Any]) -> None:
+    """Raises RuntimeError unless `weights` are those of the model, of which extra states are nobody's."""
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if wrong := [name for name in (*missing, *unexpected) if not EXTRA.search(name)]:
+        raise RuntimeError(f"{len(wrong)} parameters are missing or unknown there: {', '.join(wrong[:4])}")
 
 
 def replicas() -> dist.ProcessGroup:
