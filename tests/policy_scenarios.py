@@ -409,23 +409,15 @@ def refused_saves(job: Job) -> dict[str, str]:
     policy, said = job.policy(Layout()), {}
     policy.update(make_train_batch(), LOSS, None)
     with mock.patch("psutil.virtual_memory", return_value=mock.Mock(available=1000)):
-        said["no memory"] = _error(lambda: policy.take(_folder(job, "no memory"), apart=True))
+        said["no memory"] = error_of(lambda: policy.take(_folder(job, "no memory"), apart=True))
     taken = policy.take(_folder(job, "small files"), apart=True)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
-        said["small files"] = _error(taken.write)
+        said["small files"] = error_of(taken.write)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     return said
-
-
-def _error(work: Callable[[], object]) -> str:
-    try:
-        work()
-    except RuntimeError as error:
-        return str(error)
-    return "nothing"
 
 
 def load_and_update(job: Job, layout: Layout, path: Path) -> dict[str, Any]:
