@@ -15,6 +15,8 @@ STARTED := $(shell date +%s)
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
+# Compiled modules are kept, whatever the shell says: half of each process's start would go into compiling torch, Megatron or vLLM.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-fast check container docs bench faults matrix nodes clean
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-FINDER = Path(__file__).resolve().parents[1] / "requirements" / "find_python.sh"
+ROOT = Path(__file__).resolve().parents[1]
+FINDER = ROOT / "requirements" / "find_python.sh"
 # What stands in for an interpreter is asked one thing: to print its own path if it is a 3.11 that makes environments.
 GOOD, OTHER_VERSION, BROKEN_SHIM = (
     "#!/bin/sh\necho $0\n",
@@ -108,3 +109,14 @@ def test_a_real_interpreter_answers_as_the_stand_ins_do() -> None:
         ["sh", str(FINDER), sys.executable], env=os.environ, capture_output=True, text=True, timeout=60
     )
     assert Path(found.stdout.strip()).samefile(sys.executable)
+
+
+def test_what_make_starts_keeps_its_compiled_modules() -> None:
+    """Containers often forbid it; then each process compiles torch, Megatron or vLLM anew, for 8 s of 16."""
+    asked = ["make", "--eval", "environment: ; @env", "environment"]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    said = subprocess.run(
+        asked, env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert "OMP_NUM_THREADS=" in said
+    assert "PYTHONDONTWRITEBYTECODE" not in said
