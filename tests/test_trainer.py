@@ -423,7 +423,14 @@ def test_a_checkpoint_behind_the_training_is_of_its_step_and_counts_once_it_is_c
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, seen = tmp_path / "checkpoints", {}
-    stub = Held(monkeypatch, lambda step: seen.update({step: sorted(p.name for p in folder.glob("*step_*"))}))
+
+    def look(step: int) -> None:
+        seen[step] = sorted(p.name for p in folder.glob("*step_*"))
+        if step == 5:  # nothing holds that of step 4: it is written before the run waits for it
+            assert made.saves.writing is not None
+            made.saves.writing.share.result(60)
+
+    stub = Held(monkeypatch, look)
     made = asynchronous_trainer(stub, tmp_path, steps=5, every=2)
     made.fit()
     first = "step_000002"
