@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from nemo_dapo.config import AlgorithmConfig, DecayStyle, OptimizerConfig
 from nemo_dapo.losses.dapo import make_loss_fn
 from nemo_dapo.types import TrainBatch
-from tests.parallel_matrix import fork_ranks
+from tests.forks import fork_ranks, import_megatron
 from tests.policy_scenarios import ROPE_THETA, VOCAB, Job, Layout, make_train_batch, weights_of
 from tests.tiny import save_tiny_model
 
@@ -109,13 +109,7 @@ def run(folder: Path) -> None:
 def main(folder: Path) -> None:
     for seed, (name, options) in enumerate(MODELS.items()):
         save_tiny_model(folder / "models" / name, rope_theta=ROPE_THETA, vocab=VOCAB, seed=seed, **options)
-    from nemo_dapo.megatron import cpu
-
-    cpu.install()
-    from nemo_dapo.megatron import policy, weights
-
-    assert policy is not None
-    weights._import_bridge()
+    import_megatron()
     fork_ranks([(run, (folder,))], folder)
 
 

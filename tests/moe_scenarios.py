@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_dapo.telemetry.metrics import values
-from tests.parallel_matrix import fork_ranks
+from tests.forks import fork_ranks, import_megatron
 from tests.policy_scenarios import (
     LOSS,
     ROPE_THETA,
@@ -146,18 +146,18 @@ def sequences_for_attention(layout: Layout) -> Callable[[Job], list[Any]]:
     return scenario
 
 
+def scenarios_of(name: str, layout: Layout) -> Scenarios:
+    return {
+        f"load, {name}": load(layout, {}),
+        f"load, {name}, recomputed": load(layout, RECOMPUTED),
+        f"replay, {name}": replay(layout, {}),
+        f"replay, {name}, recomputed": replay(layout, RECOMPUTED),
+        f"attention, {name}": sequences_for_attention(layout),
+    }
+
+
 SCENARIOS: dict[int, Scenarios] = {
-    ranks: {
-        f"load, {name}{', recomputed' if megatron else ''}": load(layout, megatron)
-        for name, layout in layouts.items()
-        for megatron in ({}, RECOMPUTED)
-    }
-    | {
-        f"replay, {name}{', recomputed' if megatron else ''}": replay(layout, megatron)
-        for name, layout in layouts.items()
-        for megatron in ({}, RECOMPUTED)
-    }
-    | {f"attention, {name}": sequences_for_attention(layout) for name, layout in layouts.items()}
+    ranks: {n: one for name, layout in layouts.items() for n, one in scenarios_of(name, layout).items()}
     for ranks, layouts in LAYOUTS.items()
 }
 
@@ -178,13 +178,7 @@ def run_rank(folder: Path, ranks: int, rank: int, scenarios: Scenarios) -> None:
 
 def run_jobs(folder: Path, jobs: dict[int, Scenarios]) -> None:
     """One job for each number of ranks, whose processes are forks of this one. Raises RuntimeError when a rank fails."""
-    from nemo_dapo.megatron import cpu
-
-    cpu.install()
-    from nemo_dapo.megatron import policy, weights
-
-    assert policy is not None
-    weights._import_bridge()
+    import_megatron()
     for ranks, scenarios in jobs.items():
         fork_ranks([(run_rank, (folder, ranks, rank, scenarios)) for rank in range(ranks)], folder)
 

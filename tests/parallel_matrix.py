@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import time
 import traceback
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tests import policy_scenarios as scenarios
+from tests.forks import fork_ranks, import_megatron
 from tests.policy_scenarios import ROPE_THETA, VOCAB, Job, Layout, gradient_with, logprobs_of_all, weights_of
 from tests.tiny import save_tiny_model
 
@@ -164,13 +164,7 @@ def run(folder: Path, wanted: list[Case]) -> Iterator[dict[str, Any]]:
         save_tiny_model(
             path, rope_theta=ROPE_THETA, vocab=VOCAB, seed=i, layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS, **options
         )
-    from nemo_dapo.megatron import cpu
-
-    cpu.install()
-    from nemo_dapo.megatron import policy, weights
-
-    assert policy is not None
-    weights._import_bridge()
+    import_megatron()
     fork_ranks([(run_reference, (folder,))], folder)
     results = folder / "results"
     for number, (ranks, layout) in enumerate(dict.fromkeys((case.ranks, case.layout) for case in wanted)):
@@ -178,18 +172,3 @@ def run(folder: Path, wanted: list[Case]) -> Iterator[dict[str, Any]]:
         mine = [case for case in wanted if (case.ranks, case.layout) == (ranks, layout)]
         fork_ranks([(run_rank, (folder, ranks, rank, f"meet{number}", mine)) for rank in range(ranks)], folder)
         yield from map(json.loads, results.read_text().splitlines())
-
-
-def fork_ranks(jobs: list[tuple[Any, tuple[Any, ...]]], folder: Path) -> None:
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=target, args=arguments) for target, arguments in jobs]
-    for process in ranks:
-        process.start()
-    while any(process.is_alive() for process in ranks) and not any(process.exitcode for process in ranks):
-        time.sleep(0.05)
-    failed = any(process.exitcode for process in ranks)
-    for process in ranks:
-        process.kill()  # those that wait for one that failed; a no-op on the rest
-        process.join()
-    if failed:
-        raise RuntimeError("\n".join(file.read_text() for file in sorted(folder.glob("failed-*"))) or "a rank failed")

@@ -12,13 +12,10 @@ import dataclasses
 import datetime
 import functools
 import math
-import multiprocessing
 import os
 import pickle
 import resource
 import shutil
-import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,9 +39,10 @@ from nemo_dapo.telemetry.memory import GIB
 from nemo_dapo.telemetry.metrics import values
 from nemo_dapo.types import Stage, TrainBatch
 from tests.checkpoints import differing
+from tests.forks import import_megatron, run_to_their_end
 from tests.provider_scenarios import provider_settings
 
-TIMEOUT_MINUTES = 2.0
+TIMEOUT_MINUTES, SEED = 2.0, 1
 VOCAB = 320
 ROPE_THETA = 500000.0  # not 10,000: an importer that ignores the model's value must fail
 # Wavelengths from 2,048 positions on are stretched: enough to show within 40 positions.
@@ -121,6 +119,7 @@ class Job:
 
     def __init__(self, folder: Path, world_size: int, rank: int) -> None:
         self.folder, self.world_size, self.rank = folder, world_size, rank
+        self.laid_out: Layout | None = None  # whose process groups Megatron has
 
     def join(self, name: str) -> None:
         """Meet the other ranks through a file: no port that another process could take."""
@@ -134,8 +133,6 @@ class Job:
 
     def policy(self, layout: Layout, model: str = "qwen2_tied", *, tokens: int = 128, **options: Any) -> Any:
         """A policy, float32 unless told; Megatron's process groups become those of `layout`."""
-        from nemo_dapo.megatron import parallel
-
         config = ParallelConfig(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
@@ -147,9 +144,7 @@ class Job:
             timeout_minutes=TIMEOUT_MINUTES,
             ddp={"overlap_grad_reduce": layout.overlap},
         )
-        if (parallel_state := sys.modules.get("megatron.core.parallel_state")) is not None:
-            parallel_state.destroy_model_parallel()
-        parallel.initialize(config, seed=1)
+        self.lay_out(layout, config)
         from nemo_dapo.megatron.policy import MegatronPolicy
 
         optimizer = options.pop("optimizer", OptimizerConfig(lr=1e-3, warmup_steps=0))
@@ -163,6 +158,21 @@ class Job:
             tokens_per_microbatch=tokens,
             **options,
         )
+
+    def lay_out(self, layout: Layout, config: ParallelConfig) -> None:
+        """Groups stay where they do for `layout` too: gloo keeps the threads of old ones, each of which wakes a hundred
+        times a second, and a hundred policies leave thousands."""
+        from megatron.core import parallel_state, tensor_parallel
+
+        from nemo_dapo.megatron import parallel
+
+        wanted = dataclasses.replace(layout, sp=False, overlap=False)
+        if self.laid_out == wanted:
+            tensor_parallel.model_parallel_cuda_manual_seed(SEED)
+            return
+        parallel_state.destroy_model_parallel()
+        parallel.initialize(config, SEED)
+        self.laid_out = wanted
 
 
 def weights_of(policy: Any) -> dict[str, Tensor]:
@@ -698,6 +708,7 @@ def shrink(job: Job) -> dict[str, Any] | None:
     from nemo_dapo.megatron import parallel
 
     parallel.shut_down()
+    job.laid_out = None
     if job.rank:
         return None
     job.world_size = 1
@@ -875,27 +886,27 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
         "provider_settings": provider_settings,
         "packed_attention": packed_attention,
     },
-    2: {
+    2: {  # those of one layout side by side: see Job.lay_out
         "stages tp2": stage_round(TP2, Precision.bf16),
+        "first_step tp2": first_step(TP2),
+        "parity": parity(TP2),
+        "by rank tp2": checkpoint(TP2, "ck2 by rank", portable=False),
         "stages pp2": stage_round(PP2, Precision.fp32),
+        "first_step pp2": first_step(PP2),
+        "non_finite pp2": non_finite(PP2),
+        "checkpoint pp2": checkpoint(PP2, "ck2"),
+        "uneven pp2": first_step(PP2, [*UNEVEN]),
         "stages dp2": stage_round(Layout(), Precision.bf16),
         "stages dp2 fp32": stage_round(Layout(), Precision.fp32),
         "ledger": ledger_of_made_up_readings,
         "own_gradient": own_gradient,
         "sharded_scores": sharded_scores,
-        "first_step tp2": first_step(TP2),
-        "first_step pp2": first_step(PP2),
         "first_step dp2": first_step(Layout()),
         "first_step overlap": first_step(OVERLAP),
         "gradients": gradients,
         "non_finite dp2": non_finite(Layout()),
         "shared_batch dp2": shared_batch(Layout()),
-        "non_finite pp2": non_finite(PP2),
-        "parity": parity(TP2),
-        "checkpoint pp2": checkpoint(PP2, "ck2"),
         "saved twice": saved_twice,
-        "by rank tp2": checkpoint(TP2, "ck2 by rank", portable=False),
-        "uneven pp2": first_step(PP2, [*UNEVEN]),
     },
     4: {
         "first_step tp2pp2": first_step(TP2PP2),
@@ -903,10 +914,10 @@ SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
         "checkpoint": checkpoint(TP2PP2, "ck4"),
         "checkpoint without padding": checkpoint_without_padding,
         "load from one rank": load_from(TP2PP2, "ck1"),
-        "shared_batch tp2": shared_batch(TP2),
-        "by rank dp4": checkpoint(Layout(), "ck4 by rank", portable=False),
-        "by rank on twice the replicas": load_from(TP2, "ck2 by rank"),
         "by rank under another layout": another_layout,
+        "shared_batch tp2": shared_batch(TP2),
+        "by rank on twice the replicas": load_from(TP2, "ck2 by rank"),
+        "by rank dp4": checkpoint(Layout(), "ck4 by rank", portable=False),
         "load on one rank": shrink,
     },
 }
@@ -932,21 +943,6 @@ def run_rank(folder: Path, world_size: int, rank: int) -> None:
 
 
 def main(folder: Path) -> None:
-    """Import Megatron once (20 s of one core), then fork the ranks of each job."""
-    from nemo_dapo.megatron import cpu
-
-    cpu.install()
-    from nemo_dapo.megatron import policy, weights
-
-    assert policy is not None
-    weights._import_bridge()
-    fork = multiprocessing.get_context("fork")
+    import_megatron()
     for world_size in SCENARIOS:
-        ranks = [fork.Process(target=run_rank, args=(folder, world_size, rank)) for rank in range(world_size)]
-        for process in ranks:
-            process.start()
-        while any(process.is_alive() for process in ranks) and not any(process.exitcode for process in ranks):
-            time.sleep(0.05)
-        for process in ranks:
-            process.kill()  # those that wait for one that failed; a no-op on the rest
-            process.join()
+        run_to_their_end([(run_rank, (folder, world_size, rank)) for rank in range(world_size)])
