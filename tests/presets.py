@@ -16,6 +16,7 @@ import torch.distributed as dist
 from nemo_dapo import config as schema
 from nemo_dapo.config import ParallelConfig, RunConfig, model_family
 from nemo_dapo.config.compose import compose_file, typed
+from tests.provider_scenarios import without_memory
 from tests.published_models import LLAMA33_70B, QWEN3_30B_A3B, QWEN25_32B
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -89,11 +90,9 @@ class Shard:
 def shards(run: RunConfig, ranks: int) -> Iterator[tuple[tuple[int, int, int], Shard]]:
     """((tensor, pipeline, expert) position, shard), one of the ranks at each: the others have the same."""
     from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from nemo_dapo.megatron.parallel import expert_tensor_size
-    from nemo_dapo.megatron.provider import make_provider
     from nemo_dapo.megatron.weights import load_bridge
 
     bridge, p = load_bridge(run.model.path), run.parallel
@@ -115,10 +114,7 @@ def shards(run: RunConfig, ranks: int) -> Iterator[tuple[tuple[int, int, int], S
         )
         if place not in seen:
             seen.add(place)
-            provider = make_provider(bridge, run.model, p)
-            provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-            provider.init_model_with_meta_device = True
-            model = provider.provide(
+            model = without_memory(bridge, run.model, p).provide(
                 pre_process=parallel_state.is_pipeline_first_stage(),
                 post_process=parallel_state.is_pipeline_last_stage(),
             )

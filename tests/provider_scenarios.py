@@ -60,16 +60,21 @@ def settings_of(provider: Any) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if type(v) is not list or all(type(each) in PLAIN_TYPES for each in v)}
 
 
-def without_memory(bridge: Any, options: ModelConfig) -> Any:
-    """The whole model, built by Megatron-core."""
+def without_memory(bridge: Any, options: ModelConfig, layout: ParallelConfig) -> Any:
+    """What Megatron-core makes this rank's models by. Nothing is drawn: on the meta device that is most of the time."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from nemo_dapo.megatron.provider import make_provider
 
-    provider = make_provider(bridge, options, ParallelConfig())
+    provider = make_provider(bridge, options, layout)
     provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     provider.init_model_with_meta_device = True
-    return provider.provide(pre_process=True, post_process=True)
+    provider.init_method = provider.output_layer_init_method = provider.embedding_init_method = lambda weight: weight
+    return provider
+
+
+def whole(bridge: Any, options: ModelConfig) -> Any:
+    return without_memory(bridge, options, ParallelConfig()).provide(pre_process=True, post_process=True)
 
 
 def parameters(model: Any) -> int:
@@ -93,9 +98,9 @@ def provider_settings(job: Any) -> dict[str, Any]:
             if name in ASKED:
                 out[name]["asked"] = settings_of(make_provider(bridge, ModelConfig(path, megatron=ASKED[name]), layout))
         if name != "DeepSeek-V3":  # whose layers need Transformer Engine
-            out[name]["parameters"] = parameters(without_memory(bridge, ModelConfig(path)))
+            out[name]["parameters"] = parameters(whole(bridge, ModelConfig(path)))
     path = folder_of(job.folder, "fp8", DENSE)
-    eight = without_memory(load_bridge(path), ModelConfig(path, fp8=Fp8.blockwise))
+    eight = whole(load_bridge(path), ModelConfig(path, fp8=Fp8.blockwise))
     configs = [module.config for module in eight.modules() if hasattr(module, "config")]
     out["fp8 of modules"] = [(config.fp8, config.fp8_recipe, config.fp8_param) for config in configs]
     return out | {"refused": refusals(job.folder), "packs in blocks": packs(job)}
