@@ -101,40 +101,21 @@ STOPPED = [(0, "rollout"), (1, "rollout"), (1, "update"), (0, "save")]
 
 
 @pytest.fixture(scope="module")
-def stopped_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[int, str], tuple[int, Job]]]:
-    """Exit code and job of each case, side by side: torchrun gives a stopped rank 30 s to heed its SIGTERM."""
+def stopped_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[int, str], Job]]:
+    """The job of each case, side by side, with its rank stopped."""
     folder = tmp_path_factory.mktemp("stopped")
     jobs = {(rank, phase): start(folder / f"{rank}_{phase}", phase) for rank, phase in STOPPED}
     try:
         for (rank, _), job in jobs.items():
             wait_until_held(job)
             job.ranks[rank].suspend()
-        yield {case: (job.end(), job) for case, job in jobs.items()}
+        yield jobs
     finally:
         for job in jobs.values():
             kill(job)
 
 
-@pytest.mark.parametrize(("stopped", "phase"), STOPPED)
-def test_a_stopped_rank_is_named_with_host_and_phase_by_the_other_one(
-    stopped_jobs: dict[tuple[int, str], tuple[int, Job]], stopped: int, phase: str
-) -> None:
-    code, job = stopped_jobs[stopped, phase]
-    assert code == 1
-    (line,) = job.said
-    assert line.startswith(f"error: rank {1 - stopped}: no sign of life for ")
-    assert f"rank {stopped} is silent, last in {phase} of step 2 on {socket.gethostname()}" in line
-    assert "parallel.heartbeat_timeout=3" in line
-    assert f"rank {1 - stopped} is silent" not in line
-    stacks = job.stacks(1 - stopped)
-    assert line.split(" (parallel")[0].split(": ", 2)[2] in stacks
-    assert "small_job.py" in stacks
-    assert not (job.folder / "errors" / f"rank_{stopped}.stacks").exists()
-    assert line in job.console.split("Root Cause")[1], (
-        "torchrun's summary, the last on the console, ends with that line"
-    )
-
-
+@pytest.mark.usefixtures("stopped_jobs")  # torchrun gives a stopped rank 30 s: the tests between pass meanwhile
 def test_a_rank_that_lives_but_stands_elsewhere_is_shown_where_it_is_when_a_collective_times_out(
     job_in: Callable[..., Job],
 ) -> None:
@@ -210,3 +191,23 @@ def test_a_second_signal_ends_it_at_once(job_in: Callable[..., Job]) -> None:
     job.ranks[0].send_signal(signal.SIGINT)
     job.end()
     assert job.said[-1] == "stopped by SIGTERM in update of step 2"
+
+
+@pytest.mark.parametrize(("stopped", "phase"), STOPPED)
+def test_a_stopped_rank_is_named_with_host_and_phase_by_the_other_one(
+    stopped_jobs: dict[tuple[int, str], Job], stopped: int, phase: str
+) -> None:
+    job = stopped_jobs[stopped, phase]
+    assert job.end() == 1
+    (line,) = job.said
+    assert line.startswith(f"error: rank {1 - stopped}: no sign of life for ")
+    assert f"rank {stopped} is silent, last in {phase} of step 2 on {socket.gethostname()}" in line
+    assert "parallel.heartbeat_timeout=3" in line
+    assert f"rank {1 - stopped} is silent" not in line
+    stacks = job.stacks(1 - stopped)
+    assert line.split(" (parallel")[0].split(": ", 2)[2] in stacks
+    assert "small_job.py" in stacks
+    assert not (job.folder / "errors" / f"rank_{stopped}.stacks").exists()
+    assert line in job.console.split("Root Cause")[1], (
+        "torchrun's summary, the last on the console, ends with that line"
+    )

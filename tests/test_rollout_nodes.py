@@ -189,13 +189,14 @@ def test_nodes_of_their_own_register_are_waited_for_and_come_back_or_are_replace
 
 
 def test_nodes_that_do_not_come_are_counted_with_how_to_start_them_and_who_was_refused(nodes, tmp_path):
-    run = nodes(placement=Placement.dedicated, nodes=2, start_timeout=20.0, probe="exit 1", listen="127.0.0.1:0")
+    run = nodes(placement=Placement.dedicated, nodes=2, start_timeout=2.0, probe="exit 1", listen="127.0.0.1:0")
     agent = start_keeper("n1", tmp_path / "run" / "rollout.json")
     expected = (
-        r"(?s)2 of 2 serving nodes did not register within rollout.start_timeout=20 s.*"
+        r"(?s)2 of 2 serving nodes did not register within rollout.start_timeout=2 s.*"
         r"python -m nemo_dapo.rollout.keeper --run-file .*rollout.json.*node n1 is refused: rollout.python"
     )
     try:
+        assert wait_for(lambda: "n1" in run.hub.refusals, 60.0)
         with pytest.raises(TimeoutError, match=expected):
             run.start()
     finally:
