@@ -1,7 +1,8 @@
-"""The job files of examples/slurm under a real Slurm of two hosts: nodes are checked, preempted jobs lose nothing."""
+"""The job files of examples/slurm under a real Slurm: nodes are checked, and nobody who is sent back loses anything."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -118,7 +119,7 @@ class TestFailure:
 
 @dataclass
 class Preempted:
-    """A job that was sent back twice, and the run whose rollouts it played back, which nobody disturbed."""
+    """A job that was sent back three times, and the run whose rollouts it played back, which nobody disturbed."""
 
     folder: Path
     restarts: list[int]
@@ -141,11 +142,22 @@ def record(folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def preempt(cluster: Cluster, job: Job, hold: Path) -> None:
+def preempt(cluster: Cluster, job: Job, hold: Path, grace: int) -> None:
     """Returns when a job of the higher partition has had both hosts; the next `hold` is the caller's."""
+    cluster.slurm("scontrol", "update", "PartitionName=low", f"GraceTime={grace}")
     wait_until(job, hold.with_name("held").exists)
     urgent = cluster.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     urgent.wait(PATIENCE)
+    hold.with_name("held").unlink()
+
+
+def let_time_run_out(cluster: Cluster, job: Job, hold: Path) -> None:
+    """Returns when the job waits in the queue again, which it was asked to leave for ten minutes before its limit."""
+    wait_until(job, hold.with_name("held").exists)
+    restarts = job.restarts
+    cluster.slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=5")  # minutes: it is due at Slurm's next look
+    wait_until(job, lambda: job.restarts > restarts)
+    cluster.slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
     hold.with_name("held").unlink()
 
 
@@ -166,17 +178,18 @@ class TestPreemption:
 
     @pytest.fixture(scope="class")
     def preempted(self, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preempted]:
-        """Held in step 4 and taken away by Slurm at once; held in step 6 and given time, then it queues again by itself."""
+        """Held in step 2 until its time has run out, and queues again by itself; held in step 4 and taken away by Slurm at
+        once; held in step 6 and given time, then it queues again by itself."""
         folder = tmp_path_factory.mktemp("preempted")
         save_tiny_model(folder / "model", hidden=128, heads=4)
         record(folder)
         hold, restarts, saved = folder / "hold", [], []
-        hold.write_text("4")
+        hold.write_text("2")
         replay = f"rollout.replay={folder / 'recorded' / 'rollouts'}"
         job = submit(cluster, folder, *options(folder, steps=STEPS), replay, ANY_GAP)
-        for grace, next_hold in ((0, 6), (60, STEPS + 1)):
-            cluster.slurm("scontrol", "update", "PartitionName=low", f"GraceTime={grace}")
-            preempt(cluster, job, hold)
+        at_once, in_time = (functools.partial(preempt, grace=seconds) for seconds in (0, 60))
+        for send_back, next_hold in ((let_time_run_out, 4), (at_once, 6), (in_time, STEPS + 1)):
+            send_back(cluster, job, hold)
             hold.write_text(str(next_hold))
             restarts.append(job.restarts)
             saved.append(newest_step(folder / "run"))
@@ -186,10 +199,12 @@ class TestPreemption:
         shutil.rmtree(folder / "run")
 
     def test_slurm_sends_it_back_to_the_queue_each_time(self, preempted: Preempted) -> None:
-        assert preempted.restarts == [1, 2]
+        assert preempted.restarts == [1, 2, 3]
 
-    def test_it_saves_the_step_it_has_finished_with_and_without_a_time_of_grace(self, preempted: Preempted) -> None:
-        assert preempted.steps_saved == [3, 5]  # checkpoint.every=2 alone would have left 2 and 4
+    def test_it_saves_the_step_it_has_finished_at_its_limit_and_with_and_without_a_time_of_grace(
+        self, preempted: Preempted
+    ) -> None:
+        assert preempted.steps_saved == [1, 3, 5]  # checkpoint.every=2 alone would have left 0, 2 and 4
 
     def test_its_final_state_is_that_of_the_undisturbed_run_bit_for_bit(self, preempted: Preempted) -> None:
         expected, got = (tensors(preempted.folder / name, STEPS) for name in ("recorded", "run"))
