@@ -3,8 +3,9 @@
     python benchmarks/node_faults.py [--only agent:STOP:sync …]
 
 One job under a real Slurm (tests/cluster): a trainer on host1, a vLLM server each on host2 and host3, weights over TCP.
-Each fault strikes host3 in one phase; the next one comes when both servers serve the newest weights again. Needs root.
-About a minute a fault on two idle cores.
+Each fault strikes host3 in one phase; the next one comes when both servers serve the newest weights again. A host that is
+killed is back before Slurm gives it up and stays in the job; one that is lost comes back by serve.sbatch, as a job of its
+own. Needs root. About a minute a fault on two idle cores.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.node_jobs import DEDICATED, counted, install, submit  # noqa: E402
+from benchmarks.node_jobs import DEDICATED, counted, install, submit, submit_serving  # noqa: E402
 from benchmarks.rank_faults import Case  # noqa: E402
 from nemo_dapo.telemetry.escape import printable  # noqa: E402
 from tests.cluster import Cluster  # noqa: E402
@@ -35,7 +36,7 @@ from tests.cluster.slurm import command_line  # noqa: E402
 from tests.cluster.small_run import options  # noqa: E402
 from tests.tiny import save_tiny_model  # noqa: E402
 
-FAULTS = {"server": ("KILL", "STOP"), "agent": ("KILL", "STOP"), "host": ("KILL", "STOP"), "link": ("DOWN",)}
+FAULTS = {"server": ("KILL", "STOP"), "agent": ("KILL", "STOP"), "host": ("KILL", "STOP", "LOST"), "link": ("DOWN",)}
 PHASES = ("rollout", "sync", "update")
 PROGRAM = {"server": "vllm.entrypoints", "agent": "nemo_dapo.rollout.agent"}
 STRUCK = "host3"
@@ -122,9 +123,14 @@ def strike(watched: Watched, case: Case) -> float:
         host.thaw()
     elif case.victim == "host":
         host.switch_off()
-        time.sleep(5.0)
+        if case.fault == "LOST":
+            watched.cluster.wait_until_down(host, PATIENCE)
+        else:
+            time.sleep(5.0)
         watched.cluster.switch_on(host)
         watched.cluster.wait_for_hosts(PATIENCE)
+        if case.fault == "LOST":
+            submit_serving(watched.cluster, watched.folder)
     else:
         for pid in running(host, PROGRAM[case.victim]):
             os.kill(pid, signal.Signals[f"SIG{case.fault}"])

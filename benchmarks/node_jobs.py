@@ -66,6 +66,12 @@ def submit(cluster: Cluster, layout: Layout, folder: Path, *arguments: str) -> J
     return cluster.sbatch(f"--nodes={layout.hosts}", f"--output={folder / 'console'}", file, *arguments, env=env)
 
 
+def submit_serving(cluster: Cluster, folder: Path) -> Job:
+    """A serving node more for the run in that folder."""
+    env = environment(folder, folder / "run") | {"NODES_FOLDER": str(folder)}
+    return cluster.sbatch(f"--output={folder / 'console_of_serving'}", "examples/slurm/serve.sbatch", env=env)
+
+
 def counted(rollouts: Path, steps: int, a_step: int) -> tuple[int, int]:
     """Samples missing from, and samples twice among, what the steps were trained on. Random tokens never coincide."""
     columns = ["uid", "group", "token_ids"]

@@ -19,10 +19,10 @@ import torch
 
 from nemo_dapo.config import PartialAnswers, RolloutConfig
 from nemo_dapo.hf_folder import ExpectedWeights
+from nemo_dapo.rollout import calls as calls_module
 from nemo_dapo.rollout import client, control, wire
 from nemo_dapo.rollout import fleet as fleet_module
 from nemo_dapo.rollout import requests as requests_module
-from nemo_dapo.rollout import upkeep as upkeep_module
 from nemo_dapo.rollout.answers import Mixture
 from nemo_dapo.rollout.engine import VLLMEngine
 from nemo_dapo.rollout.fleet import MAX_RESTARTS, Fleet, SickError
@@ -594,6 +594,20 @@ def test_a_server_that_fails_at_an_update_is_restarted_and_gets_it_again(sick, r
     assert "restarting vLLM server 0 (pid 0, server_0.log)" in caplog.text
 
 
+@pytest.mark.parametrize("route", ["/pause", verify.ROUTE])
+def test_a_server_that_stands_still_before_an_update_does_not_hold_it_up_for_as_long_as_weights_may_take(
+    route, start, engine_over, caplog
+):
+    """With that limit, an hour, this test would not end."""
+    server, other = start(), start()
+    server.sick_calls[route] = [stand.hang]
+    servers = StandInServers(server.url, other.url)
+    engine = engine_over(servers, sync_timeout=3600.0, progress_timeout=1.0)
+    engine.update_weights(WEIGHTS, 5)
+    assert other.version == "5"
+    assert "within rollout.progress_timeout=1 s" in caplog.text
+
+
 def stop_listening(handler: stand.Handler) -> None:
     """As vLLM's API server does when its engine is gone while a call still waits for it."""
     handler.server.socket.close()
@@ -612,7 +626,7 @@ def test_a_call_that_a_dead_engine_never_answers_is_not_waited_for(
     route, sick, health, said, start, engine_over, caplog, monkeypatch
 ):
     """With limits of an hour, this test would not end else."""
-    monkeypatch.setattr(upkeep_module, "PULSE_SECONDS", 0.02)
+    monkeypatch.setattr(calls_module, "PULSE_SECONDS", 0.02)
     server, fresh = start(), start()
     server.sick_calls = {route: [sick], "/health": [health] * 9}
     servers = StandInServers(server.url)
@@ -631,7 +645,7 @@ def test_a_call_that_a_dead_engine_never_answers_is_not_waited_for(
 
 
 def test_a_server_whose_process_ends_during_a_call_is_not_waited_for(start, engine_over, caplog, monkeypatch):
-    monkeypatch.setattr(upkeep_module, "PULSE_SECONDS", 0.02)
+    monkeypatch.setattr(calls_module, "PULSE_SECONDS", 0.02)
     server = start()
     servers = StandInServers(server.url)
     servers.cures[0] = lambda: None
@@ -648,7 +662,7 @@ def test_a_server_whose_process_ends_during_a_call_is_not_waited_for(start, engi
 
 
 def test_a_slow_call_of_a_server_that_is_well_is_waited_for(start, engine_over, monkeypatch):
-    monkeypatch.setattr(upkeep_module, "PULSE_SECONDS", 0.02)
+    monkeypatch.setattr(calls_module, "PULSE_SECONDS", 0.02)
     server = start()
     looks = [stand.answer(b"", 500), stand.close_in_the_middle, stand.answer(b"")]
 

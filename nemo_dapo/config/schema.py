@@ -193,7 +193,7 @@ class RolloutConfig:
     partial_answers: PartialAnswers = PartialAnswers.keep  # of a server that died: gone on with elsewhere, or discarded
     start_timeout: float = number(900.0, above=0, at_most=A_YEAR)  # seconds until a server must be healthy
     request_timeout: float = number(3600.0, above=0, at_most=A_YEAR)  # seconds for one sample
-    # seconds in which nothing comes of a server's open requests, after which it is restarted
+    # seconds in which nothing comes of a server's open requests, or of its pause for an update; then it is restarted
     progress_timeout: float = number(300.0, above=0, at_most=A_YEAR)
     sync_timeout: float = number(600.0, above=0, at_most=A_YEAR)  # seconds for one weight update
     max_logprob_gap: float = number(0.05, above=0)  # mean |trainer - vLLM|; a larger one at step 0 refuses to train

@@ -26,10 +26,10 @@ from nemo_dapo.config import InflightCache, RolloutConfig
 from nemo_dapo.rollout import admission, client, control, wire
 from nemo_dapo.rollout.admission import Reading
 from nemo_dapo.rollout.attached import AttachedServers
+from nemo_dapo.rollout.calls import Calls
 from nemo_dapo.rollout.fleet import Fleet, HopelessError, Life, Member
 from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.nodes import ServingNodes
-from nemo_dapo.rollout.pulse import death
 from nemo_dapo.rollout.servers import ServersClosedError
 from nemo_dapo.rollout.weights import push
 from nemo_dapo.rollout.weights.ledger import DamagedWeightsError, Ledger, NoWeightsError
@@ -41,12 +41,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 INITIAL_VERSION = 0  # of the weights in the model's folder, until the first update
+AWAY_SECONDS = 0.25  # between two looks at whether the node of a server that is worked on is still there
 METRICS_SECONDS = 4.0  # for a server to answer /metrics; one that does not has made no progress that we know of
-PULSE_SECONDS = 1.0  # between two looks at whether a server that is to do something can still do it
 STARTING, ASLEEP, UPDATE = "start", "sleep", "weight update"  # why servers may be silent or gone for a while
 WEIGHTS, CACHE = "weights", "kv_cache"  # what a server can wake by itself, as vLLM names it
-
-ServerCall = Callable[[httpx.AsyncClient, float], Awaitable[T]]
 
 
 class Hold(NamedTuple):
@@ -81,6 +79,7 @@ class Upkeep:
         self.pause_seconds = 0.0  # of all updates so far: servers generated nothing
         # Of requests in flight, over an update. Without any there is nothing to keep.
         self.keeps_cache = config.max_staleness > 0 and config.inflight_cache is InflightCache.keep
+        self._calls = Calls(config, servers)
         self.asked = [client.Server(server.url) for server in servers.servers]
         self.paused: list[str] = []
         self.asleep: set[str] = set()  # what the servers have given up
@@ -164,7 +163,7 @@ class Upkeep:
             nonlocal found
             found = await push.damage(http, held, deadline)
 
-        if fault := await self._fault_of(member, "look at the weights", look):
+        if fault := await self._calls.fault(member, "look at the weights", look, self._calls.for_a_word):
             self._unwell[member.index] = life, fault
         return found
 
@@ -179,7 +178,7 @@ class Upkeep:
         if life is member.life:
             return Hold(member, member.life, fault)
         pause = functools.partial(action, keeps_cache=self.keeps_cache)
-        return Hold(member, member.life, await self._fault_of(member, "pause", pause))
+        return Hold(member, member.life, await self._calls.fault(member, "pause", pause, self._calls.for_a_word))
 
     async def _update(self, member: Member, life: Life, fault: str | None) -> None:
         await self._while_there(member, self.fleet.settled(member))  # a restart may have ended with the weights before
@@ -191,7 +190,8 @@ class Upkeep:
         if not (fault or self._has_newest_at_hand(member, life)):
             member.is_stale = True  # its node got nothing, as the log says; the next update brings it back
             return
-        fault = fault or await self._fault_of(member, "take the weights", functools.partial(self._take, member))
+        take = functools.partial(self._take, member)
+        fault = fault or await self._calls.fault(member, "take the weights", take, self._calls.for_weights)
         if fault and self.asleep:  # a fresh server takes its whole share of a device where the trainer still is
             log.error("%s; it is restarted when the others wake up", fault)
             self._unwell[member.index] = now, fault
@@ -223,7 +223,7 @@ class Upkeep:
         """Wait for what is done about a server, unless that waits for a node: then it goes on by itself."""
         task = asyncio.ensure_future(work)
         while not task.done() and not self.servers.is_away(member.index):
-            await asyncio.wait({task}, timeout=PULSE_SECONDS / 4)
+            await asyncio.wait({task}, timeout=AWAY_SECONDS)
         if task.done():
             task.result()
         else:
@@ -282,39 +282,12 @@ class Upkeep:
             life = member.life
             if member.index in self._unwell:
                 return
-            if fault := await self._fault_of(member, f"answer {route}", ask):
+            if fault := await self._calls.fault(member, f"answer {route}", ask, self._calls.for_weights):
                 log.error("%s; it is restarted when the servers wake up", fault)
                 self._unwell[member.index] = life, fault
 
         with self.quiet(route):
             self._run(all_or_none([each(member) for member in self.fleet.members]))
-
-    # ---------------------------------------------------------------- faults
-
-    async def _fault_of(self, member: Member, purpose: str, action: ServerCall[None]) -> str | None:
-        """Run `action` on a server; None when it went well, else what went wrong, server and log named."""
-        if member.given_up:
-            return None
-        if not self.servers.alive(member.index):
-            return self.servers.describe_exit(member.index)
-        try:
-            await self._call(member.index, action)
-            return None
-        except TimeoutError as late:
-            limit = self.config.sync_timeout
-            problem = f"it did not {purpose} within rollout.sync_timeout={limit:.0f} s ({late})"
-        except (ConnectionError, httpx.TransportError, RuntimeError) as error:
-            problem = f"it was to {purpose}: {type(error).__name__}: {error}"
-        return f"{self.describe(member.index)}: {problem}"
-
-    async def _call(self, index: int, action: ServerCall[T]) -> T:
-        """Run `action` on a server within `rollout.sync_timeout`; raises ServerDiedError once it cannot answer any more.
-
-        A call that waits for an engine process which is gone would wait for ever: vLLM's /pause does.
-        """
-        deadline = time.monotonic() + self.config.sync_timeout
-        async with control.client(self.servers.servers[index].url, self.servers.headers) as http:
-            return await control.unless(death(self.servers, index, PULSE_SECONDS), action(http, deadline))
 
     # ---------------------------------------------------------------- restarts
 
@@ -353,7 +326,9 @@ class Upkeep:
 
     def prepare(self, index: int, held: Held | None = None) -> None:
         """What a fresh server needs once: the transfer engine, its version, and the weights that its node holds."""
-        server, reading = asyncio.run(self._call(index, functools.partial(self._agree, held)))
+        server, reading = asyncio.run(
+            self._calls.call(index, functools.partial(self._agree, held), self._calls.for_weights)
+        )
         if not server.has_frames:
             log.warning(
                 "vLLM server %d does not have our plugin's route: its answers come as JSON, 140 bytes a token instead of "

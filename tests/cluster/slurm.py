@@ -135,7 +135,10 @@ class Cluster:
             subprocess.run([*bridge, *arguments], check=True, env={**os.environ, "PATH": PATH})
         host.run("ip", "address", "add", f"{self.address(host)}/24", "dev", "eth0")
         host.link("up")
-        self._daemon(host, "slurmd", "-D", "-f", str(self.folder / "slurm.conf"), "-N", host.name)
+        again = (
+            ["-b"] if (self.folder / f"{host.name}_slurmd.log").exists() else []
+        )  # it has booted, which Slurm is to see
+        self._daemon(host, "slurmd", "-D", *again, "-f", str(self.folder / "slurm.conf"), "-N", host.name)
 
     def sbatch(self, *arguments: str, env: dict[str, str] | None = None) -> Job:
         """`sbatch ARGUMENTS` in the checkout's folder, as a user would type it."""
@@ -152,6 +155,15 @@ class Cluster:
         while unready := set(self.slurm(*states).split()) - {"idle", "allocated", "mixed"}:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"hosts are {unready}:\n{self.logs()}")
+            time.sleep(0.2)
+
+    def wait_until_down(self, host: Host, seconds: float) -> None:
+        """Until Slurm has given a silent host up, which takes SlurmdTimeout."""
+        deadline = time.monotonic() + seconds
+        state = ["sinfo", "--noheader", "--nodes", host.name, "--partition", "low", "--format", "%T"]
+        while not (said := self.slurm(*state)).startswith("down"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{host.name} is {said}:\n{self.logs()}")
             time.sleep(0.2)
 
     def logs(self) -> str:
