@@ -42,8 +42,6 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "config.yaml"
 def train(config: RunConfig, ending: Ending) -> None:
     """Build policy, engine, rewarder and data, hand them to the trainer and run it."""
     from nemo_dapo.collectives import gather_json
-    from nemo_dapo.coordination import share_number
-    from nemo_dapo.heartbeat import Heartbeat
     from nemo_dapo.megatron import parallel
     from nemo_dapo.rollout import sharing
     from nemo_dapo.rollout.host import node_name
@@ -51,18 +49,12 @@ def train(config: RunConfig, ending: Ending) -> None:
     from nemo_dapo.shared_folder import require_shared
 
     parallel.initialize(config.parallel, config.seed)
-    from nemo_dapo.megatron.policy import MegatronPolicy
-    from nemo_dapo.stages import put_to_sleep
+    import nemo_dapo.megatron.policy  # noqa: F401  # slow, and needed by `build_policy`: before servers start beside it
     from nemo_dapo.trainer import DAPOTrainer, find_checkpoint
-    from nemo_dapo.types import Stage
 
     run_dir = Path(config.output_dir)
     group = parallel.control_group(config.parallel.timeout_minutes)
-    if entry.world_size() > 1 and config.parallel.heartbeat_timeout:
-        ending.heartbeat = Heartbeat(
-            ending.phase, config.parallel.heartbeat_timeout, run_dir / "errors", ending.end_job
-        )
-        ending.heartbeat.start(group)
+    watch_ranks(config, ending, group)
     hosts: list[str] = gather_json(node_name(), group)
     # Agents are left last: the engine, before, has told them to end.
     with ExitStack() as agents, ExitStack() as stack, ending.says_at_once():
@@ -70,27 +62,13 @@ def train(config: RunConfig, ending: Ending) -> None:
             require_shared(run_dir, hosts, group)
         with ending.phase.enter("load"):
             resumed = find_checkpoint(config, run_dir, group)
-        offload = sharing.offloads(config)
         pending, door = start_controller(config, run_dir, stack, resumed, hosts) if is_rank_zero() else (None, None)
         if config.rollout.placement is Placement.colocated:
             keep_agent(gather_json(door, group)[0], run_dir, hosts, agents)
-        controller, servers = None, None
-        if offload:  # servers measure what is free: the policy must not take memory meanwhile
-            controller = wait_for(pending, group)
-            weights = sharing.weight_bytes(config.rollout, Path(config.model.path), config.model.precision)
-            servers = put_to_sleep(controller.engine if controller else None, weights, group)
-        policy = MegatronPolicy(
-            config.model,
-            config.parallel,
-            config.optimizer,
-            tokens_per_microbatch=config.trainer.tokens_per_microbatch,
-            temperature=config.rollout.temperature,
-            with_reference=config.algorithm.kl_coeff > 0,
-            offload=offload,
-            servers=servers,
-        )
-        if not offload:
-            controller = wait_for(pending, group)
+        if sharing.offloads(config):
+            policy, controller = take_turns(config, pending, group)
+        else:
+            policy, controller = build_policy(config, None), wait_for(pending, group)
         ending.signals.saves_first = config.checkpoint.on_signal
         signalled = ending.signals.asked
         trainer = DAPOTrainer(
@@ -98,20 +76,66 @@ def train(config: RunConfig, ending: Ending) -> None:
         )
         spare_what_is_here()
         trainer.fit()
-        steps = trainer.progress.rollout_steps
-        if steps < config.trainer.max_steps:
-            stack.close()
-            ending.saved(share_number(steps, group))  # once rank 0 has ended its servers
-        if config.checkpoint.export:
-            with ending.phase.enter("export"):
-                trainer.stages.enter(Stage.score)
-                policy.save_hf(run_dir / "trained")
+        conclude(config, trainer, ending, stack)
     if ending.heartbeat:
         ending.heartbeat.stop()
     parallel.shut_down()
     if is_rank_zero():
         exported = f", the model is in {run_dir / 'trained'}" if config.checkpoint.export else ""
         print(f"done: {config.trainer.max_steps} steps{exported}", flush=True)
+
+
+def watch_ranks(config: RunConfig, ending: Ending, group: Any) -> None:
+    """From here on a rank that falls silent ends the job, by name."""
+    from nemo_dapo.heartbeat import Heartbeat
+
+    seconds = config.parallel.heartbeat_timeout
+    if entry.world_size() > 1 and seconds:
+        errors = Path(config.output_dir) / "errors"
+        ending.heartbeat = Heartbeat(ending.phase, seconds, errors, ending.end_job)
+        ending.heartbeat.start(group)
+
+
+def build_policy(config: RunConfig, servers: Any) -> Any:
+    """`servers` is who takes turns with the policy at the GPUs; None where each has its own."""
+    from nemo_dapo.megatron.policy import MegatronPolicy
+
+    return MegatronPolicy(
+        config.model,
+        config.parallel,
+        config.optimizer,
+        tokens_per_microbatch=config.trainer.tokens_per_microbatch,
+        temperature=config.rollout.temperature,
+        with_reference=config.algorithm.kl_coeff > 0,
+        offload=servers is not None,
+        servers=servers,
+    )
+
+
+def take_turns(config: RunConfig, pending: Future[Any] | None, group: Any) -> tuple[Any, Any]:
+    """Policy and controller where both need the same GPUs: servers measure what is free, so they start first."""
+    from nemo_dapo.rollout import sharing
+    from nemo_dapo.stages import put_to_sleep
+
+    controller = wait_for(pending, group)
+    weights = sharing.weight_bytes(config.rollout, Path(config.model.path), config.model.precision)
+    servers = put_to_sleep(controller.engine if controller else None, weights, group)
+    return build_policy(config, servers), controller
+
+
+def conclude(config: RunConfig, trainer: Any, ending: Ending, stack: ExitStack) -> None:
+    """The end of a run that was asked to stop before its last step, or the trained model's export."""
+    from nemo_dapo.coordination import share_number
+    from nemo_dapo.types import Stage
+
+    steps = trainer.progress.rollout_steps
+    if steps < config.trainer.max_steps:
+        stack.close()
+        ending.saved(share_number(steps, trainer.group))  # once rank 0 has ended its servers
+    if config.checkpoint.export:
+        with ending.phase.enter("export"):
+            trainer.stages.enter(Stage.score)
+            trainer.policy.save_hf(Path(config.output_dir) / "trained")
 
 
 def wait_for(pending: Future[Any] | None, group: Any) -> Any:

@@ -13,14 +13,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import re
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +26,7 @@ from nemo_dapo.detokenizer import Ids
 from nemo_dapo.rewards import math_dapo
 from nemo_dapo.rewards.math.extract import MAX_TAIL
 from nemo_dapo.rewards.pool.decoding import Decoding
+from nemo_dapo.rewards.pool.flow import Gate, Job, Queue, Unit, message
 from nemo_dapo.rewards.pool.process import ItemTimeoutError, WorkerLostError, WorkerProcess
 from nemo_dapo.telemetry.escape import printable
 from nemo_dapo.types import Prompt, Sample, Verdict
@@ -40,51 +39,10 @@ log = logging.getLogger(__name__)
 VERIFIERS = {"math": "nemo_dapo.rewards.math:verify", "dapo": "nemo_dapo.rewards.math_dapo:verify"}  # by reward.style
 TAILS = {VERIFIERS["math"]: MAX_TAIL, VERIFIERS["dapo"]: math_dapo.MAX_TAIL}  # characters at the end that they read
 START_TIMEOUT = 180.0  # seconds until all workers must be ready: a user's function may import much
-_MAX_UNITS = 32  # in one message
-_MAX_BYTES = 1 << 21  # in one message
 _PENDING_PER_WORKER = 128  # units in flight: enough to keep every worker busy, bounded in memory
 _AFTER_KILL = 5.0  # seconds until a lane whose worker was killed has noticed
 _MAX_LOSSES = 2  # workers that may die on one unit
 _MAX_KINDS_SAID = 20  # kinds of verifier errors whose first text goes to the console
-
-
-@dataclass
-class _Job:
-    """One group being scored."""
-
-    uid: str
-    verdicts: list[Verdict | None]
-    remaining: int
-    units: int
-    future: Future[list[Verdict]] = field(default_factory=Future)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-@dataclass
-class _Unit:
-    """One call of the reward function: the samples of `job` from `first` on, as texts or token ids; `prompt` is JSON."""
-
-    job: _Job
-    first: int
-    prompt: str
-    responses: Sequence[str | Ids]
-    losses: int = 0  # workers that were lost while this was their first unanswered unit
-
-    @property
-    def size(self) -> int:
-        return len(self.responses)
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.prompt) + sum(len(r) if isinstance(r, str) else r.nbytes for r in self.responses)
-
-
-def _message(units: Collection[_Unit]) -> bytes:
-    """A line of JSON, then the token ids that it counts; made on a lane's thread, where copying holds nobody up."""
-    calls = [[r if isinstance(r, str) else len(r) for r in unit.responses] for unit in units]
-    line = ",".join(f"[{unit.prompt},{json.dumps(call)}]" for unit, call in zip(units, calls, strict=True))
-    ids = (r.data for unit in units for r in unit.responses if not isinstance(r, str))
-    return b"".join([f"[{line}]\n".encode(), *ids])
 
 
 class RewardPool:
@@ -126,8 +84,8 @@ class RewardPool:
             "extra": [list(term) for term in extra], "correct": correct, "incorrect": incorrect,
             "correct_above": correct_above, "warm": function == VERIFIERS["math"], "tail": self._tail,
         }  # fmt: skip
-        self._gate = _Gate(workers * _PENDING_PER_WORKER)
-        self._queue = _Queue(workers)
+        self._gate = Gate(workers * _PENDING_PER_WORKER)
+        self._queue = Queue(workers)
         self._lock = threading.Lock()
         self._live: set[WorkerProcess] = set()
         self._spare: WorkerProcess | None = None
@@ -212,11 +170,11 @@ class RewardPool:
         for unit in self._queue.drain():
             self._finish(unit, "closed: the reward pool was closed")
 
-    def _submit(self, prompt: Prompt, responses: Sequence[str | Ids], units: int) -> _Job:
-        job = _Job(prompt.uid, [None] * len(responses), units, units)
+    def _submit(self, prompt: Prompt, responses: Sequence[str | Ids], units: int) -> Job:
+        job = Job(prompt.uid, [None] * len(responses), units, units)
         head = self._prompt_json(prompt)
         calls = [responses] if self._groups else [[response] for response in responses]
-        self._queue.put([_Unit(job, first, head, call) for first, call in enumerate(calls)])
+        self._queue.put([Unit(job, first, head, call) for first, call in enumerate(calls)])
         return job
 
     def _prompt_json(self, prompt: Prompt) -> str:
@@ -254,14 +212,14 @@ class RewardPool:
         if worker:
             worker.close(1.0)
 
-    def _work(self, worker: WorkerProcess | None, units: list[_Unit]) -> WorkerProcess | None:
+    def _work(self, worker: WorkerProcess | None, units: list[Unit]) -> WorkerProcess | None:
         """Score `units`; returns the worker that is alive afterwards, None when none could be started."""
         pending = deque(units)
         if worker and worker.is_gone:  # it ended while it had nothing to do: no unit is to blame
             worker = self._discard(worker)
         try:
             worker = worker or self._replacement()
-            worker.send(_message(pending), self.timeout)
+            worker.send(message(pending), self.timeout)
             while pending:
                 self._finish(pending[0], worker.receive(self.timeout))
                 pending.popleft()
@@ -270,7 +228,7 @@ class RewardPool:
             self._blame(pending, error)
             return self._discard(worker)
 
-    def _blame(self, pending: deque[_Unit], error: Exception) -> None:
+    def _blame(self, pending: deque[Unit], error: Exception) -> None:
         """Give the first unanswered unit its error, and the others back to the queue.
 
         One that ran out of time is guilty. One whose worker died may not be (the kernel kills too, and a worker may end
@@ -323,7 +281,7 @@ class RewardPool:
             self._live.add(worker)
         return worker
 
-    def _finish(self, unit: _Unit, outcome: list[Verdict] | str) -> None:
+    def _finish(self, unit: Unit, outcome: list[Verdict] | str) -> None:
         """Store a unit's verdicts, or the error that is its verdict, and resolve its group when it was the last."""
         verdicts = [Verdict(correct=False, error=outcome)] * unit.size if isinstance(outcome, str) else outcome
         job = unit.job
@@ -349,85 +307,3 @@ class RewardPool:
                 return
             self._kinds_said.add(kind)
         log.warning("verifier error (first of its kind; more are counted) on prompt %s: %s", uid, printable(error, 500))
-
-
-class _Queue:
-    """Units in submission order, handed out in shares that keep all `workers` busy."""
-
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-        self.closed = False
-        self._units: deque[_Unit] = deque()
-        self._changed = threading.Condition()
-
-    def put(self, units: Sequence[_Unit]) -> None:
-        with self._changed:
-            if self.closed:
-                raise RuntimeError("the reward pool is closed; build a new RewardPool")
-            self._units.extend(units)
-            self._changed.notify(len(units))
-
-    def put_back(self, units: deque[_Unit]) -> None:
-        """Return units to the front, whatever the state: `drain` finds them after the end."""
-        with self._changed:
-            self._units.extendleft(reversed(units))
-            self._changed.notify(len(units))
-
-    def take(self) -> list[_Unit] | None:
-        """The next share, None once closed."""
-        with self._changed:
-            while not self._units and not self.closed:
-                self._changed.wait(1.0)
-            if self.closed:
-                return None
-            count = min(_MAX_UNITS, math.ceil(len(self._units) / self.workers))
-            share = [self._units.popleft()]
-            size = share[0].nbytes
-            while len(share) < count and (size := size + self._units[0].nbytes) < _MAX_BYTES:
-                share.append(self._units.popleft())
-            return share
-
-    def close(self) -> None:
-        with self._changed:
-            self.closed = True
-            self._changed.notify_all()
-
-    def drain(self) -> list[_Unit]:
-        with self._changed:
-            units = list(self._units)
-            self._units.clear()
-            return units
-
-
-class _Gate:
-    """Admits at most `capacity` units at a time, first come, first served; a larger group enters alone."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._inside = 0
-        self._waiting: deque[tuple[int, Future[None]]] = deque()
-        self._lock = threading.Lock()
-
-    def enter(self, units: int) -> Future[None]:
-        """A future that resolves when `units` are admitted; cancel it to stop waiting."""
-        ticket: Future[None] = Future()
-        with self._lock:
-            self._waiting.append((units, ticket))
-        self._admit()
-        return ticket
-
-    def leave(self, units: int) -> None:
-        with self._lock:
-            self._inside -= units
-        self._admit()
-
-    def _admit(self) -> None:
-        admitted = []
-        with self._lock:
-            while self._waiting and (self._inside == 0 or self._inside + self._waiting[0][0] <= self.capacity):
-                units, ticket = self._waiting.popleft()
-                if ticket.set_running_or_notify_cancel():
-                    self._inside += units
-                    admitted.append(ticket)
-        for ticket in admitted:  # outside the lock: callbacks run here
-            ticket.set_result(None)
