@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,9 +44,9 @@ def load_checkpoint(config: RunConfig, engine: VLLMEngine) -> None:
     """Give the servers, which started on model.path, the weights of a training checkpoint of any parallel layout.
 
     One process loads its weights: for models beyond one device use the run's exported `trained/` folder.
-    Raises ValueError for a damaged one and for one of another model.
+    Raises ValueError for a damaged one and for one of another model or other adapters.
     """
-    from nemo_dapo import checkpoint
+    from nemo_dapo import checkpoint, origin
     from nemo_dapo.megatron import parallel
     from nemo_dapo.rollout import sharing
     from nemo_dapo.stages import Stages, put_to_sleep
@@ -55,6 +56,8 @@ def load_checkpoint(config: RunConfig, engine: VLLMEngine) -> None:
     place = Path(config.evaluation.checkpoint)
     group, model = parallel.control_group(config.parallel.timeout_minutes), Path(config.model.path)
     checkpoint.require_whole(place, model, group)
+    state = json.loads((place / "state.json").read_text())
+    origin.require_same_adapters(state, config.model)
     offload = sharing.offloads(config)
     weights = sharing.weight_bytes(config.rollout, model, config.model.precision)
     servers = put_to_sleep(engine, weights, group) if offload else None

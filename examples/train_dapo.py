@@ -212,7 +212,7 @@ def begin_records(config: RunConfig, run_dir: Path, loader: Any, reports: Any, r
     Raises ValueError where the run cannot go on from the checkpoint of step `resumed`: what lies there describes the run
     that it belongs to, and is left as it was.
     """
-    from nemo_dapo import checkpoint
+    from nemo_dapo import checkpoint, origin
     from nemo_dapo.telemetry.manifest import write_config, write_manifest
     from nemo_dapo.telemetry.sinks import start_anew
 
@@ -220,7 +220,7 @@ def begin_records(config: RunConfig, run_dir: Path, loader: Any, reports: Any, r
         start_anew(run_dir)
     else:
         state = checkpoint.read_state_without_window(run_dir / "checkpoints", resumed)
-        checkpoint.require_same_model(state, config.model)
+        origin.require_same_model(state, config.model)
         if not checkpoint.has_weights_alone(state):
             loader.accepted_changes(state["loader"])
     write_config(run_dir / "config.yaml", config)

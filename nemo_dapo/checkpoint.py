@@ -26,7 +26,6 @@ import torch.distributed as dist
 
 from nemo_dapo import digests, hf_folder, window_file
 from nemo_dapo.collectives import gather_json
-from nemo_dapo.config import ModelConfig
 from nemo_dapo.coordination import found_alike
 from nemo_dapo.digests import FileDigest
 from nemo_dapo.files import set_aside as number_aside
@@ -279,19 +278,6 @@ def require_whole(place: Path, model: Path, group: Any) -> None:
     state = json.loads((place / "state.json").read_text())
     if differing := hf_folder.differences(state["model"], hf_folder.fingerprint(model)):
         raise ValueError(f"checkpoint {place} is of another model than model.path={model}: {'; '.join(differing)}")
-
-
-def require_same_model(state: Mapping[str, Any], model: ModelConfig) -> None:
-    """Raises ValueError that names how the model that `state` was saved with differs from `model`, or its precision."""
-    precision = model.precision.value
-    differing = hf_folder.differences(state["model"], hf_folder.fingerprint(Path(model.path)))
-    differing += [f"model.precision {state['precision']} -> {precision}"] if state["precision"] != precision else []
-    if differing:
-        raise ValueError(
-            f"the checkpoint of step {state['step']} is of another model than model.path={model.path}: "
-            f"{'; '.join(differing)}; restore the model that the run started from, or start anew with another name= or "
-            "checkpoint.resume=never"
-        )
 
 
 def read_state(directory: Path, step: int) -> dict[str, Any]:

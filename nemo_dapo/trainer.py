@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_dapo import checkpoint, hf_folder
+from nemo_dapo import checkpoint, hf_folder, origin
 from nemo_dapo.batching import minibatches
 from nemo_dapo.collectives import gather_json
 from nemo_dapo.config import Resume, RunConfig, Transport
@@ -300,8 +300,13 @@ class DAPOTrainer:
 
     def origin(self) -> dict[str, Any]:
         """What a resume compares: the model that the run started from, and options."""
-        precision = self.config.model.precision.value
-        return {"model": self.model, "precision": precision, "optimizer": self.optimizer_options()}
+        model = self.config.model
+        return {
+            "model": self.model,
+            "precision": model.precision.value,
+            "adapters": origin.adapters(model.lora),
+            "optimizer": self.optimizer_options(),
+        }
 
     def optimizer_options(self) -> dict[str, Any]:
         options: dict[str, Any] = json.loads(json.dumps(asdict(self.config.optimizer), default=lambda one: one.value))
@@ -350,7 +355,7 @@ class DAPOTrainer:
     async def restore_controller(self, state: dict[str, Any]) -> None:
         """Rank 0's part of `resume`; raises ValueError for another model or other data."""
         assert self.controller is not None
-        checkpoint.require_same_model(state, self.config.model)
+        origin.require_same_model(state, self.config.model)
         if checkpoint.has_weights_alone(state):
             return
         self.controller.load_state_dict(state)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from examples.train_dapo import begin_records
-from nemo_dapo import hf_folder
+from nemo_dapo import hf_folder, origin
 from nemo_dapo.config import ModelConfig, Precision, RunConfig
+from nemo_dapo.config.schema import LoraConfig
 from nemo_dapo.data.load import PromptSet
 from nemo_dapo.data.loader import PromptLoader
 from nemo_dapo.data.problem import LoadReport
 from nemo_dapo.types import Prompt
 
+ADAPTERS = LoraConfig(rank=8, alpha=16.0, target_modules=["linear_qkv", "linear_proj"])
 RECORDS = ("config.yaml", "manifest.json", "metrics.jsonl")
 
 
@@ -33,8 +37,9 @@ def run_in(folder: Path) -> RunConfig:
     model.mkdir()
     (model / "config.json").write_text('{"hidden_size": 4}')
     save_file({"weight": torch.zeros(4)}, model / "model.safetensors")
-    config = RunConfig(model=ModelConfig(path=str(model)), output_dir=str(folder))
+    config = RunConfig(model=ModelConfig(path=str(model), lora=ADAPTERS), output_dir=str(folder))
     state = {"step": 2, "model": hf_folder.fingerprint(model), "precision": "bf16", "loader": loader().state_dict()}
+    state |= {"adapters": origin.adapters(ADAPTERS)}
     (folder / "checkpoints" / "step_000002").mkdir(parents=True)
     (folder / "checkpoints" / "step_000002" / "state.json").write_text(json.dumps(state))
     for name in RECORDS:
@@ -60,12 +65,45 @@ def with_another_seed(_: RunConfig) -> PromptLoader:
     return loader(seed=2)
 
 
+def with_adapters(**changed: Any) -> Callable[[RunConfig], PromptLoader]:
+    def change(config: RunConfig) -> PromptLoader:
+        config.model.lora = replace(ADAPTERS, **changed)
+        return loader()
+
+    return change
+
+
+def without_adapters(config: RunConfig) -> PromptLoader:
+    config.model.lora = LoraConfig()
+    return loader()
+
+
+def beside_weights_alone(config: RunConfig) -> PromptLoader:
+    place = Path(config.output_dir) / "checkpoints" / "step_000002" / "state.json"
+    saved = json.loads(place.read_text())
+    place.write_text(
+        json.dumps({name: saved[name] for name in ("step", "model", "precision")} | {"weights_alone": True})
+    )
+    return loader()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (with_other_weights, "of step 2 is of another model .*: weights differ"),
         (with_other_precision, r"model\.precision bf16 -> fp32"),
         (with_another_seed, "data order has seed 1, this run 2"),
+        (with_adapters(alpha=32.0), r"of step 2 is of other adapters: model\.lora\.alpha 16\.0 -> 32\.0; take"),
+        (with_adapters(rank=4), r"model\.lora\.rank 8 -> 4; take"),
+        (
+            with_adapters(target_modules=["linear_qkv"]),
+            r"\['linear_proj', 'linear_qkv'\] -> \['linear_qkv'\]; take",
+        ),
+        (without_adapters, r"model\.lora\.rank 8 -> 0; take"),
+        (
+            beside_weights_alone,
+            r"weights alone, and model\.lora\.rank=8 trains adapters beside .*set model\.lora\.rank=0",
+        ),
     ],
 )
 def test_a_refused_resume_leaves_the_records_as_they_were(
@@ -85,6 +123,11 @@ def test_an_accepted_one_records_this_start_and_keeps_what_was_measured(tmp_path
     assert f"path: {config.model.path}" in (tmp_path / "config.yaml").read_text()
     assert json.loads((tmp_path / "manifest.json").read_text())["config"]["output_dir"] == str(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == "of the run"
+
+
+def test_the_order_in_which_layers_are_named_is_no_other_adapters(tmp_path: Path) -> None:
+    config = run_in(tmp_path)
+    begin(config, with_adapters(target_modules=ADAPTERS.target_modules[::-1])(config))
 
 
 def test_a_run_anew_sets_the_measurements_of_the_one_before_aside(tmp_path: Path) -> None:

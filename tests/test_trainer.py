@@ -527,6 +527,10 @@ def change_precision(config: RunConfig) -> None:
     config.model.precision = Precision.fp32
 
 
+def give_adapters(config: RunConfig) -> None:
+    config.model.lora.rank = 8
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -534,6 +538,7 @@ def change_precision(config: RunConfig) -> None:
         (change_tokenizer, r"tokenizer\.json differs"),
         (change_weights, "weights differ"),
         (change_precision, r"model\.precision bf16 -> fp32"),
+        (give_adapters, r"model\.lora\.rank 0 -> 8"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_before_anything_is_loaded(
