@@ -8,8 +8,10 @@ A prompt's uid seeds everything that is no matter of speed: whether its group is
 log-normal about a median, partly the prompt's own (problems are hard or easy) and partly the sample's, the end-of-sequence
 token being ignored. So every contestant meets the same work, in turn, in each round. Tokens are those that the server
 counted, of cancelled requests too; `needed` are those of the groups up to the last one that a batch took, in the order of
-the prompts. A window is filled before its clock begins, by as many batches as it is old. The last line is JSON, medians
-over rounds: ours over the recipe's seconds a batch, and tokens generated a token trained.
+the prompts. A window is filled before its clock begins, by as many batches as it is old. For this, and because rounds throw
+prompts away, contestants do not take the very same batches: they are compared by seconds for a token that was needed. The
+last line is JSON, medians over rounds: ours over the recipe's seconds for a token needed, tokens generated a token trained,
+and tokens generated over those needed.
 """
 
 from __future__ import annotations
@@ -136,7 +138,8 @@ class Taken:
     def __str__(self) -> str:
         return (
             f"{self.seconds / self.batches:6.2f} s a batch, {self.generated / self.trained:6.2f} tokens a token trained, "
-            f"{self.generated / self.needed:5.2f} times what was needed"
+            f"{self.generated / self.needed:5.2f} times what was needed, {1e6 * self.seconds / self.needed:4.0f} us "
+            f"a token needed, {self.generated / self.seconds:6.0f} tokens/s"
         )
 
 
@@ -212,7 +215,10 @@ def measure(engine: Drawn, work: Work, args: argparse.Namespace) -> dict[tuple[f
 def compared(
     found: dict[tuple[float, str], list[Taken]], rates: Sequence[float], ours: Sequence[str]
 ) -> dict[str, Any]:
-    """By acceptance rate and contestant: seconds and tokens over the recipe's, and tokens over those needed."""
+    """By acceptance rate and contestant: seconds and tokens over the recipe's, and tokens over those needed.
+
+    A token_ratio also has in it how many informative groups each happened to meet, over_needed has not.
+    """
 
     def table(figure: Callable[[Taken], float], names: Sequence[str], *, over_recipe: bool) -> dict[str, Any]:
         middle = {key: median(map(figure, runs)) for key, runs in found.items()}
@@ -224,7 +230,7 @@ def compared(
         }
 
     return {
-        "time_ratio": table(lambda one: one.seconds / one.batches, ours, over_recipe=True),
+        "time_ratio": table(lambda one: one.seconds / one.needed, ours, over_recipe=True),
         "token_ratio": table(lambda one: one.generated / one.trained, ours, over_recipe=True),
         "over_needed": table(lambda one: one.generated / one.needed, (RECIPE, *ours), over_recipe=False),
     }

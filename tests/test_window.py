@@ -166,6 +166,18 @@ def test_the_bound_on_age_is_reached_so_that_no_smaller_window_was_meant(m: int)
     assert max(run.most_open for run in runs) == (m + 1) * 4
 
 
+def test_where_few_groups_are_informative_the_bound_is_far_from_being_reached() -> None:
+    """It supposes that all that runs will be kept: docs/algorithm.md has these figures."""
+
+    def ages(rate: float, m: int) -> tuple[float, int]:
+        found = check(Course(1, 16, m, 10.0, rate, disturbed=False), steps=80).ages[160:]
+        return sum(found) / len(found), max(found)
+
+    few, many = ages(0.2, 4), ages(0.8, 4)
+    assert few == (pytest.approx(2.24, abs=0.005), 3)
+    assert many == (pytest.approx(3.86, abs=0.005), 4)
+
+
 def test_without_staleness_nothing_runs_between_two_steps() -> None:
     window = Window(0)
     window.begin(2)
