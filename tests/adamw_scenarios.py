@@ -22,7 +22,12 @@ from tests.forks import fork_ranks, import_megatron
 from tests.policy_scenarios import ROPE_THETA, VOCAB, Job, Layout, make_train_batch, weights_of
 from tests.tiny import save_tiny_model
 
-MODELS = {"dense": {"family": "qwen2", "tied": True}, "experts": {"family": "qwen3_moe", "tied": False}}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"family": "qwen2", "tied": True},
+    "experts": {"family": "qwen3_moe", "tied": False},
+    "mixtral": {"family": "mixtral", "tied": False},
+    "deepseek": {"family": "deepseek_v3", "tied": False, "kv_heads": 4},
+}
 STEPS, WARMUP, DECAY = 10, 3, 9
 LR, MIN_LR, WEIGHT_DECAY, CLIP, BETAS, EPS = 1e-3, 1e-4, 0.1, 0.05, (0.9, 0.98), 1e-8
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28

@@ -27,14 +27,14 @@ from tests.tiny import save_tiny_model
 
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"family": "qwen2", "tied": True, "layers": 3},  # of which two stages have 2 and 1
-    "mixture": {"family": "qwen3_moe", "tied": False},
+    "mixture": {"family": "deepseek_v3", "tied": False, "kv_heads": 4},  # whose routers' biases stay in float32
 }
 WIDE = {"family": "qwen2", "tied": False, "hidden": 256, "vocab": 1 << 16}  # two matrices of 67 MB, in float32
 SHARD_BYTES, SHARD_OF_WIDE = 150_000, 70_000_000
 LORA = LoraConfig(rank=4, alpha=8.0)
 RUNS: dict[str, tuple[int, str, Layout, bool, dict[str, Any]]] = {
     "tensor and pipeline": (4, "dense", Layout(tp=2, pp=2, sp=True), True, {"precision": Precision.bf16}),
-    "experts": (2, "mixture", Layout(ep=2), False, {}),
+    "experts": (2, "mixture", Layout(ep=2), False, {"precision": Precision.bf16}),
     "adapters": (2, "dense", Layout(tp=2), False, {"lora": LORA}),
 }
 

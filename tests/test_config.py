@@ -317,7 +317,7 @@ def test_no_check_between_options_is_without_a_test() -> None:
     """Each `yield` of a check is one complaint, provoked above or by other models below."""
     checks = Path(checks_between_options.__file__).read_text() + Path(checks_of_layouts.__file__).read_text()
     complaints = len(re.findall(r"^ +yield (?!from)", checks, re.MULTILINE))
-    by_models = 16  # sizes that do not divide, experts, adapters, routes, products in eight bits
+    by_models = 17  # sizes that do not divide, experts, adapters, routes, products in eight bits
     no_yield_of_their_own = {
         "no model",  # of model_family.py
         "top k",
@@ -401,6 +401,7 @@ def test_a_layout_that_cannot_hold_the_models_parts_is_refused(
         ({}, ["model.lora.rank=4", "model.lora.target_modules=[q_proj]"], ["target_modules=['q_proj']", "linear_qkv"]),
         ({}, ["model.lora.rank=4", "model.lora.target_modules=[]"], ["target_modules=[]", "some of linear_qkv"]),
         (EXPERTS, ["model.lora.rank=4"], ["linear_fc1, linear_fc2", "experts'", "[linear_qkv,linear_proj]"]),
+        ({"kv_lora_rank": 32}, ["model.lora.rank=4"], ["model.lora.rank=4", "multi-latent attention", "to 0"]),
     ],
 )
 def test_adapters_that_the_model_cannot_have_are_refused(

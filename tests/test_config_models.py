@@ -21,6 +21,7 @@ from nemo_dapo.config.model_family import (
     check_trainable,
     layers_in_last_stage,
 )
+from tests import mixture_scenarios, tiny
 from tests.policy_scenarios import MODELS
 from tests.tiny import save_tiny_model
 
@@ -72,6 +73,21 @@ TRAINS: dict[str, dict[str, Any]] = {
         "pretraining_tp": 1, "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "rope_scaling": LLAMA3,
         "rope_theta": 500000.0, "tie_word_embeddings": True,
     },
+    "Mixtral": {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_experts_per_tok": 2, "num_local_experts": 8,
+        "output_router_logits": False, "router_aux_loss_coef": 0.02, "sliding_window": None, "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+    },
+    "Moonlight": {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "attention_bias": False,
+        "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}, "aux_loss_alpha": 0.001,
+        "ep_size": 1, "first_k_dense_replace": 1, "kv_lora_rank": 512, "moe_intermediate_size": 1408, "moe_layer_freq": 1,
+        "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": True, "num_experts_per_tok": 6,
+        "num_key_value_heads": 32, "num_nextn_predict_layers": 0, "pretraining_tp": 1, "q_lora_rank": None,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rope_scaling": None, "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.446, "scoring_func": "sigmoid", "seq_aux": True, "tie_word_embeddings": False,
+        "topk_group": 1, "topk_method": "noaux_tc", "v_head_dim": 128,
+    },
     "SmolLM2": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "is_llama_config": True,
         "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}, "mlp_bias": False,
@@ -86,7 +102,6 @@ TRAINS: dict[str, dict[str, Any]] = {
 # Model types that do not train: the published pair of model type and architecture.
 OTHERS = {
     "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "gemma": "GemmaForCausalLM",
@@ -96,7 +111,8 @@ OTHERS = {
     "olmo2": "Olmo2ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
     "llama4": "Llama4ForConditionalGeneration",
 }
 
@@ -146,6 +162,23 @@ WRONG: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ["original_max_position_embeddings=None"],
     ),
     "llama3 without a factor": ("Llama 3.2", {"rope_scaling": LLAMA3 | {"factor": None}}, ["factor=None", "at least 1"]),
+    "a window of Mixtral": ("Mixtral", {"sliding_window": 4096}, ["sliding_window=4096", "=None only"]),
+    "layers that predict further tokens": (
+        "Moonlight", {"num_nextn_predict_layers": 1}, ["num_nextn_predict_layers=1", "=0 only"],
+    ),
+    "groups chosen otherwise": (
+        "Moonlight",
+        {"n_group": 8, "topk_group": 2, "num_experts_per_tok": 8},
+        ["n_group=8, topk_group=2 and num_experts_per_tok=8", "num_experts_per_tok // topk_group is 2"],
+    ),
+    "scores of another kind": ("Moonlight", {"scoring_func": "softmax"}, ["scoring_func='softmax'", "'sigmoid' only"]),
+    "half a yarn": (
+        "Moonlight",
+        {"rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0}},
+        ["rope_scaling.mscale_all_dim=None", "must be a number"],
+    ),
+    "llama3 for yarn": ("Moonlight", {"rope_scaling": LLAMA3}, ["type 'llama3'", "default or yarn"]),
+    "an option of another family": ("Mixtral", {"n_shared_experts": 2}, ["n_shared_experts=2", "no MixtralForCausalLM"]),
     "positions by layer": (
         "written by transformers 5",
         {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
@@ -171,7 +204,8 @@ def test_what_the_parity_tests_train_is_what_is_taken(name: str, tmp_path: Path)
 
 
 def test_every_family_that_is_taken_has_a_parity_test() -> None:
-    assert set(FAMILIES) == {options["family"] for options in MODELS.values()}
+    models = [*MODELS.values(), *mixture_scenarios.MODELS.values()]
+    assert set(FAMILIES) == {tiny.FAMILIES[options["family"]].model_type for options in models}
 
 
 @pytest.mark.parametrize("model_type", OTHERS)
@@ -203,8 +237,8 @@ def test_every_option_of_transformers_class_is_known_to_us(family: str) -> None:
     own = {option.name for option in fields(type(options))} - {
         option.name for option in fields(transformers.PreTrainedConfig)
     }
-    known = FREE | FAMILIES[family].fixed.keys() | FAMILIES[family].unread | {"layer_types", *ROPE_OPTIONS}
-    assert own <= known
+    known = FREE | FAMILIES[family].fixed.keys() | FAMILIES[family].unread | FAMILIES[family].own
+    assert own <= known | {"layer_types", *ROPE_OPTIONS}
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["dense", "experts"])
+@pytest.mark.parametrize("model", ["dense", "experts", "mixtral", "deepseek"])
 def test_ten_updates_are_those_of_a_plain_loop(results: dict[str, Any], model: str) -> None:
     ours, plain = results[model]
     assert ours["weights"].keys() >= plain["weights"].keys()

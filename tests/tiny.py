@@ -9,7 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -23,9 +25,20 @@ FAMILIES = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "qwen3_moe": Qwen3MoeConfig,
+    "mixtral": MixtralConfig,
+    "deepseek_v3": DeepseekV3Config,
+    "moonlight": DeepseekV3Config,
 }
-EXPERTS = {  # 4 experts, of which a token goes to 2
+LATENT = {  # multi-latent attention and experts, some of them shared, behind a first layer without any
+    **{"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 24},
+    **{"moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 4},
+    **{"first_k_dense_replace": 1, "num_mtp_layers": 0},
+}
+EXPERTS: dict[str, dict[str, Any]] = {  # 4 experts, of which a token goes to 2, or 8 and 4
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": LATENT | {"q_lora_rank": 24, "n_group": 4, "topk_group": 2},
+    "moonlight": LATENT | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
 }
 
 
@@ -78,14 +91,13 @@ def save_tiny_model(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=hidden // heads,
         max_position_embeddings=max_positions,
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta, **(rope_scaling or {})},
         tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
-        **EXPERTS.get(family, {}),
+        **{"head_dim": hidden // heads, **EXPERTS.get(family, {})},
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # A fresh initialisation gives nearly uniform logits, which would hide errors: spread them.
@@ -95,6 +107,9 @@ def save_tiny_model(
                 parameter.mul_(4.0)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # moves the choice of experts, not their scores
+                buffer.normal_(std=0.1)
     model.save_pretrained(path)
     save_tiny_tokenizer(Path(path))
     return Path(path)

@@ -70,8 +70,8 @@ def our_uses() -> Uses:
 # Which functions and constants of ours hold settings, by the file and the dataclass they end in.
 SETTINGS = {
     ("provider.py", "model"): (
-        *("numerics", "layout", "rotary_positions", "_latent_rope", "without_side_losses", "transformer_engine"),
-        *("plain_torch", "FULL_RECOMPUTATION", "eight_bits"),
+        *("numerics", "layout", "rotary_positions", "_latent_rope", "latent_attention", "without_side_losses"),
+        *("transformer_engine", "plain_torch", "FULL_RECOMPUTATION", "eight_bits"),
     ),
     ("optimizer.py", "optimizer"): ("make_optimizer",),
     ("optimizer.py", "ddp"): ("ddp_config",),

@@ -302,6 +302,11 @@ def _check_adapters(config: RunConfig, model: dict[str, Any] | None) -> Iterator
             f"model.lora.target_modules has {', '.join(of_experts)}, which of a mixture are its experts': they get no "
             "adapters here; set it to [linear_qkv,linear_proj]"
         )
+    if (model or {}).get("kv_lora_rank"):
+        yield (
+            f"model.lora.rank={lora.rank}, but multi-latent attention, which the model has, gets no adapters here; set it "
+            "to 0"
+        )
 
 
 def _check_replay(config: RunConfig, model: dict[str, Any] | None) -> Iterator[str]:

@@ -16,7 +16,11 @@ from typing import Any
 MIN_CPU_HEAD_SIZE = 32  # vllm.v1.attention.backends.cpu_attn: get_supported_head_sizes
 
 # Megatron-core's RotaryEmbedding._apply_scaling takes `factor` as an argument and has the others written in.
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_ROPE: dict[str, Any] = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 # Megatron's options that deal the layers to the pipeline stages otherwise than evenly, by model.megatron.
 STAGE_OPTIONS = frozenset(
@@ -26,12 +30,13 @@ STAGE_OPTIONS = frozenset(
     )
 )
 
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # the second is what transformers 5 writes
+
 # Any value will do: the trainer takes it over, or it is a token.
 COUNTS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
-    *("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
-    "num_local_experts",  # what transformers 5 writes in place of num_experts
+    *(*EXPERT_COUNTS, "num_experts_per_tok", "moe_intermediate_size"),
 )
 CONSTANTS = ("rms_norm_eps", "rope_theta", "tie_word_embeddings", "initializer_range")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
@@ -45,16 +50,20 @@ METADATA = (
     "attention_dropout",  # dropout is off here whatever the model says: the ratio compares two equal passes
 )
 FREE = frozenset((*COUNTS, *CONSTANTS, *TOKENS, *METADATA))
+YARN_NUMBERS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 ROPE_OPTIONS = ("rope_parameters", "rope_scaling")  # of transformers 5, and of the versions before it
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: `fixed` options must have this value or be absent, `unread` ones have no effect beside them."""
+    """One architecture: `fixed` options must have this value or be absent, `unread` ones have no effect beside them, and
+    the trainer takes over its `own`, which other families have not. `ropes` are the kinds of rotary positions."""
 
     architecture: str
     fixed: dict[str, Any]
     unread: frozenset[str] = field(default_factory=frozenset)
+    own: frozenset[str] = field(default_factory=frozenset)
+    ropes: tuple[str, ...] = ("default", "llama3")
 
 
 NO_WINDOW = {"use_sliding_window": False}
@@ -74,6 +83,33 @@ FAMILIES = {
             **NO_WINDOW,
         },
         WINDOW_SIZES,
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {"hidden_act": "silu", "sliding_window": None, "router_jitter_noise": 0.0, "output_router_logits": False},
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "norm_topk_prob": True,
+            "rope_interleave": True,
+            "moe_layer_freq": 1,
+            **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), 0),  # such layers nobody would export
+            "output_router_logits": False,
+        },
+        frozenset({"auto_map", "aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "qk_head_dim"}),
+        frozenset(
+            (
+                *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+                *("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor"),
+            )
+        ),
+        ropes=("default", "yarn"),
     ),
     "llama": Family(
         "LlamaForCausalLM", {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
@@ -113,8 +149,8 @@ def _where_from(path: str) -> str:
 
 
 def num_experts(config: dict[str, Any]) -> int:
-    """Of each layer, 0 of a dense model; transformers 5 saves a folder with the second name alone."""
-    return config.get("num_experts") or config.get("num_local_experts") or 0
+    """Of each layer that has any, 0 of a dense model."""
+    return next((config[name] for name in EXPERT_COUNTS if config.get(name)), 0)
 
 
 def check_trainable(path: str, config: dict[str, Any]) -> Iterator[str]:
@@ -132,32 +168,45 @@ def check_trainable(path: str, config: dict[str, Any]) -> Iterator[str]:
         if name in family.fixed and value != family.fixed[name]:
             yield f"{where} {name}={value!r}, but {family.architecture} trains here with {name}={family.fixed[name]!r} only"
         elif name in ROPE_OPTIONS:
-            yield from (f"{where} {problem}" for problem in _check_rope(name, value or {}))
+            yield from (f"{where} {problem}" for problem in _check_rope(name, value or {}, family.ropes))
         elif name == "layer_types":
             if other := sorted({str(kind) for kind in value or ()} - {"full_attention"}):
                 yield f"{where} layer_types with {', '.join(other)}, but models train here with full_attention only"
-        elif value and name not in FREE | family.fixed.keys() | family.unread:
+        elif value and name not in FREE | family.fixed.keys() | family.unread | family.own:
             yield (
                 f"{where} {name}={_short(value)}, which no {family.architecture} that trains here has; if it changes "
                 "nothing in the forward pass, delete it from the file, else take another model"
             )
+    yield from (f"{where} {problem}" for problem in _check_groups(config))
 
 
-def _check_rope(name: str, rope: dict[str, Any]) -> Iterator[str]:
+def _check_groups(config: dict[str, Any]) -> Iterator[str]:
+    """Groups of experts are chosen by their two best ones, in Megatron-core by as many as a token takes of a group."""
+    groups, chosen, top_k = (config.get(name) for name in ("n_group", "topk_group", "num_experts_per_tok"))
+    if groups and chosen and top_k and chosen < groups and top_k // chosen != 2:
+        yield (
+            f"n_group={groups}, topk_group={chosen} and num_experts_per_tok={top_k}, but Megatron-core chooses groups as "
+            "the model does only where num_experts_per_tok // topk_group is 2"
+        )
+
+
+def _check_rope(name: str, rope: dict[str, Any], kinds: Collection[str]) -> Iterator[str]:
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    allowed = {"default": {}, "llama3": LLAMA3_ROPE}
-    known = {"rope_type", "type", "rope_theta"} | ({"factor", *LLAMA3_ROPE} if kind == "llama3" else set())
-    expected = {**allowed.get(kind, {}), "partial_rotary_factor": 1.0}
-    if kind not in allowed:
-        yield f"{name} of type {kind!r}, but models train here with default or llama3 rotary positions only"
+    if kind not in kinds:
+        yield f"{name} of type {kind!r}, but such models train here with {' or '.join(kinds)} rotary positions only"
         return
-    factor = rope.get("factor")
-    if kind == "llama3" and not (isinstance(factor, int | float) and factor >= 1):
-        yield f"{name}.factor={factor!r} of type llama3, which must be a number of at least 1"
-    for option, value in (dict.fromkeys(allowed[kind]) | rope).items():
+    fixed = LLAMA3_ROPE if kind == "llama3" else {}
+    numbers = {"llama3": ("factor",), "yarn": YARN_NUMBERS}.get(kind, ())
+    for option in numbers:
+        if not isinstance(value := rope.get(option), int | float) or (option == "factor" and value < 1):
+            least = "a number of at least 1" if option == "factor" else "a number"
+            yield f"{name}.{option}={value!r} of type {kind}, which must be {least}"
+    expected = {**fixed, "partial_rotary_factor": 1.0}
+    known = {"rope_type", "type", "rope_theta", *numbers, *expected}
+    for option, value in (dict.fromkeys(fixed) | rope).items():
         if option in expected and value != expected[option]:
             yield f"{name}.{option}={value!r}, but Megatron-core has {option}={expected[option]} written in"
-        elif value and option not in known | expected.keys():
+        elif value and option not in known:
             yield f"{name}.{option}={_short(value)}, which the trainer's rotary positions do not know"
 
 

@@ -16,13 +16,20 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from nemo_dapo.megatron.context_parallel import context_slice, gather_pack
+from nemo_dapo.megatron.moe import expert_pattern
 
 
 class PackedSDPA(MegatronModule):
@@ -43,6 +50,8 @@ class PackedSDPA(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -57,7 +66,7 @@ class PackedSDPA(MegatronModule):
         self,
         query: Tensor,  # [T, h, d]
         key: Tensor,  # [T, k, d]
-        value: Tensor,  # [T, k, d]
+        value: Tensor,  # [T, k, d], or another size under multi-latent attention
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
@@ -96,6 +105,26 @@ def _padded_layout(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]
     return torch.where(is_token, cu_seqlens[:-1].unsqueeze(1) + offsets, 0), is_token
 
 
+class LatentAttention(MLASelfAttention):
+    """Multi-latent attention whose down-projection is column-parallel, as it is without Transformer Engine.
+
+    Megatron-core (seen in 0.16.1) gathers that one's output and gives each rank's heads the rotary part of the key; in the
+    backward pass each rank keeps what its own heads say of it. Where the output is whole already and of the rank's own
+    tokens, as Transformer Engine's is, it takes the way on which the heads' gradients are summed.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.config.sequence_parallel:
+            self.linear_kv_down_proj.register_forward_hook(_whole_and_of_own_tokens)
+
+
+def _whole_and_of_own_tokens(module: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    """[T, 1, c / ranks] -> [T / ranks, 1, c]."""
+    part, bias = output
+    return scatter_to_sequence_parallel_region(gather_from_tensor_model_parallel_region(part)), bias
+
+
 class SequenceParallelRMSNorm(nn.Module):
     """RMSNorm whose weight gradient Megatron sums over the tensor-parallel ranks when tokens are split over them.
 
@@ -115,26 +144,29 @@ class SequenceParallelRMSNorm(nn.Module):
 
 
 def local_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The decoder's layers on a host without Transformer Engine, for a Megatron-Bridge provider `config`.
+    """The decoder's layers on a host without Transformer Engine, for a Megatron-Bridge provider `config`."""
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    kinds = {has_experts: _layer_spec(config, has_experts) for has_experts in (False, True)}
+    layers = [kinds[has_experts] for has_experts in expert_pattern(config)[first : first + count]]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=SequenceParallelRMSNorm)
 
-    Raises ValueError for a model that needs layers of other kinds.
-    """
-    if config.multi_latent_attention or config.moe_layer_freq != 1:
-        raise ValueError(
-            "layers without Transformer Engine are alike and have plain attention; multi-latent attention and a mixture of "
-            "dense and expert layers need Transformer Engine: install it"
-        )
+
+def _layer_spec(config: Any, has_experts: bool) -> Any:
     layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts,
+        num_experts=config.num_moe_experts if has_experts else None,
         moe_grouped_gemm=False,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
         normalization=config.normalization,
     )
+    if config.multi_latent_attention:
+        layer.submodules.self_attention.module = LatentAttention
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedSDPA
     layer.submodules.input_layernorm = SequenceParallelRMSNorm
     layer.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
-    layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=SequenceParallelRMSNorm)
+    for norm in ("q_layernorm", "k_layernorm", "kv_layernorm"):  # the last one is multi-latent attention's
+        if config.qk_layernorm and hasattr(attention, norm):
+            setattr(attention, norm, SequenceParallelRMSNorm)
+    return layer

@@ -92,10 +92,13 @@ class Converter:
     def _made(self, task: Any, tensors: Mapping[str, Tensor]) -> Tensor:
         """The task's whole parameter, of `tensors` by their Hugging Face names."""
         found = self.bridge._model_bridge.maybe_modify_loaded_hf_weight(task.mapping.hf_param, tensors)
-        absent = task.param_weight
-        # The bridge moves what it makes to where the module's parameters are.
-        with _put(task.megatron_module, _last(task.param_name), torch.empty_like(absent, device="cpu")):
-            made: Tensor = task.mapping.hf_to_megatron(found, task.megatron_module)
+        module, absent = task.megatron_module, task.param_weight
+        with contextlib.ExitStack() as here:
+            # The bridge moves what it makes to where that is, or the module's weight beside it.
+            for name in {_last(task.param_name), "weight"}:
+                if (tensor := getattr(module, name, None)) is not None:
+                    here.enter_context(_put(module, name, torch.empty_like(tensor, device="cpu")))
+            made: Tensor = task.mapping.hf_to_megatron(found, module)
         return made.to(absent.dtype).view(absent.shape)
 
 

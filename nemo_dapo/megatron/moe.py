@@ -31,6 +31,14 @@ def routers(model: list[Any]) -> list[TopKRouter]:
     return sorted(found, key=lambda router: router.layer_number)
 
 
+def expert_pattern(config: Any) -> list[bool]:
+    """Of each layer of the whole model, whether it has experts."""
+    pattern = config.moe_layer_freq
+    if isinstance(pattern, int):
+        pattern = [i % pattern == 0 for i in range(config.num_layers)]
+    return [bool(config.num_moe_experts and here) for here in pattern]
+
+
 def at_router(per_token: Tensor, sequence_parallel: bool) -> Tensor:
     """Of [T, …] the part [t, …] whose tokens this rank's routers decide for."""
     if not sequence_parallel:

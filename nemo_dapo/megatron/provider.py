@@ -58,6 +58,7 @@ def make_provider(bridge: Any, model: ModelConfig, parallel: ParallelConfig) -> 
         **numerics(model.precision),
         **layout(provider.num_layers, parallel, model.megatron),
         **rotary_positions(bridge.hf_pretrained.config, provider),
+        **latent_attention(bridge.hf_pretrained.config, provider),
         **without_side_losses(provider, model.megatron),
         **(transformer_engine(provider) if has_transformer_engine() else plain_torch()),
         **eight_bits(model.fp8),
@@ -148,7 +149,7 @@ def rotary_positions(hf_config: Any, provider: Any) -> dict[str, Any]:
 def _latent_rope(kind: str, rope: Mapping[str, Any]) -> dict[str, Any]:
     """Of multi-latent attention, whose own embedding scales as yarn does (Megatron's MLATransformerConfig)."""
     if kind == "default":
-        return {"rope_type": "rope"}
+        return {"rope_type": "rope", "rotary_scaling_factor": 1.0}  # which scales the scores of attention too
     missing = [name for name in ("factor", "original_max_position_embeddings") if not rope.get(name)]
     if kind != "yarn" or missing:
         raise ValueError(
@@ -157,6 +158,18 @@ def _latent_rope(kind: str, rope: Mapping[str, Any]) -> dict[str, Any]:
         )
     scaled = {ours: rope[name] for name, ours in YARN_ROPE.items() if rope.get(name) is not None}
     return {"rope_type": "yarn", **scaled}
+
+
+def latent_attention(hf_config: Any, provider: Any) -> dict[str, Any]:
+    """What Bridge (seen in 0.3.1) does not take over of DeepSeek's architecture.
+
+    A null is left out, so queries would get a down-projection that the model has not; that scores are sigmoids where a bias
+    moves the choice of experts is not in a config.json of transformers 5.
+    """
+    if not provider.multi_latent_attention:
+        return {}
+    sigmoids = {"moe_router_score_function": "sigmoid"} if provider.moe_router_enable_expert_bias else {}
+    return {"q_lora_rank": getattr(hf_config, "q_lora_rank", None), **sigmoids}
 
 
 def without_side_losses(provider: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,6 +223,7 @@ def plain_torch() -> dict[str, Any]:
         "apply_rope_fusion": False,
         # Grouped products and the permutation of tokens to experts exist in Transformer Engine alone.
         **dict.fromkeys(("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"), False),
+        "moe_shared_expert_overlap": False,  # with the exchange of tokens, in a CUDA stream of its own
         **dict.fromkeys(fusions, False),
     }
 

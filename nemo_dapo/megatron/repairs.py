@@ -4,7 +4,8 @@ Without Transformer Engine experts are Megatron's SequentialMLP, one plain MLP e
 `experts.local_experts.<i>.linear_fc1.weight`. Megatron-Bridge imports and exports the grouped experts of
 Transformer Engine, `experts.linear_fc1.weight<i>`, under any expert parallelism, and lists the plain ones, but takes their
 numbers from the end of the name, where they are not. And it looks for a tied output layer in the first of a stage's parts.
-Its adapters take stand-ins for Transformer Engine's layers for the layers themselves.
+It loads weights before it rounds the model, the routers' biases too, which are float32.
+Its adapters take stand-ins for Transformer Engine's layers for the layers themselves; so does multi-latent attention.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ def complete() -> None:
     _number_globally()
     _gather_by_number()
     _tie_in_the_last_part()
+    _keep_the_routers_biases()
+    experts: Any = importlib.import_module("nemo_dapo.megatron.experts")  # which makes Mixtral known
+    experts.complete_deepseek()
     if importlib.util.find_spec("transformer_engine") is None:
         _adapt_plain_layers()
+        _attend_by_plain_layers()
 
 
 def _number_globally() -> None:
@@ -89,7 +94,28 @@ def _tie_in_the_last_part() -> None:
     bridge_class._broadcast_shared_embeddings = broadcast_shared_embeddings
 
 
+def _keep_the_routers_biases() -> None:
+    """The bias that moves DeepSeek's choice of experts is in float32 in the folder, in the servers, and here."""
+    router: Any = importlib.import_module("megatron.core.transformer.moe.router").TopKRouter
+    original = router._apply
+
+    def _apply(self: Any, function: Any, *args: Any, **options: Any) -> Any:
+        bias = self._buffers.get("expert_bias")
+        original(self, function, *args, **options)
+        if bias is not None and not bias.is_meta:
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
+
+    router._apply = _apply
+
+
 def _adapt_plain_layers() -> None:
     """Megatron's own column- and row-parallel layers are what an adapter is made for: there are no others here."""
     utils: Any = importlib.import_module("megatron.bridge.peft.utils")
     utils.HAVE_TE = False
+
+
+def _attend_by_plain_layers() -> None:
+    """Multi-latent attention asks what kind of Transformer Engine's layers it has been given: there are none here."""
+    attention: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    attention.HAVE_TE = False

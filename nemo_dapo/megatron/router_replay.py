@@ -23,7 +23,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from nemo_dapo.batching import MicroBatch
-from nemo_dapo.megatron.moe import at_router, routers
+from nemo_dapo.megatron.moe import at_router, expert_pattern, routers
 from nemo_dapo.types import TrainBatch
 
 
@@ -109,10 +109,7 @@ class RouterReplay:
 
 def layers_with_experts(config: Any) -> dict[int, int]:
     """Position among the layers that have experts, by Megatron's layer_number, which counts all from 1."""
-    pattern = config.moe_layer_freq
-    if isinstance(pattern, int):
-        pattern = [i % pattern == 0 for i in range(config.num_layers)]
-    numbers = [number for number, has_experts in enumerate(pattern, start=1) if has_experts]
+    numbers = [number for number, has_experts in enumerate(expert_pattern(config), start=1) if has_experts]
     return {number: position for position, number in enumerate(numbers)}
 
 

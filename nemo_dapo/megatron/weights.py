@@ -45,12 +45,11 @@ def _import_bridge() -> Any:
 
     if importlib.util.find_spec("transformer_engine") is not None:
         bridge = importlib.import_module("megatron.bridge")
-        repairs.complete()
-        return bridge
-    for name in LOOK_FOR_TRANSFORMER_ENGINE:
-        importlib.import_module(name)
-    with cpu.transformer_engine_stand_in():
-        bridge = importlib.import_module("megatron.bridge")
+    else:
+        for name in LOOK_FOR_TRANSFORMER_ENGINE:
+            importlib.import_module(name)
+        with cpu.transformer_engine_stand_in():
+            bridge = importlib.import_module("megatron.bridge")
     repairs.complete()
     return bridge
 
