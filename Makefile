@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Compiled modules are kept, whatever the shell says: half of each process's start would go into compiling torch, Megatron or vLLM.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-fast check container docs bench faults matrix nodes clean
+.PHONY: setup demo test test-fast check container docs bench faults kills matrix nodes clean
 
 setup: $(VENV)/.complete
 
@@ -59,6 +59,9 @@ bench: setup
 
 faults: setup
 	$(BIN)/python benchmarks/rank_faults.py
+
+kills: setup
+	$(BIN)/python benchmarks/kill_resume.py
 
 matrix: setup
 	$(BIN)/python benchmarks/parallelism.py --table docs/parallelism.md

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def descendants_of_job(mark: str, started: float) -> list[psutil.Process]:
                 found |= {process, *process.children(recursive=True)}
         except psutil.Error:
             continue
-    return [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    return alive(found)
 
 
 def run(case: Case, folder: Path, *, real: bool) -> Outcome:
@@ -157,8 +158,15 @@ def set_fault(case: Case, launcher: subprocess.Popen[bytes], known: list[psutil.
         ranks[case.victim.removeprefix("rank")].send_signal(FAULTS[case.fault])
 
 
-def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    return [one for one in processes if _lives(one)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # ended while we looked
+        return False
 
 
 def last_words(text: str) -> str:

@@ -19,8 +19,9 @@ def tensors(run_dir: Path, step: int, prefix: str = "") -> dict[str, torch.Tenso
 
 
 def differing(first: Path, second: Path) -> list[str]:
-    """Names of the files that two policies on disk do not both hold, byte for byte; the index, in which a random name and
-    its place stand, by what it says of tensors."""
+    """Names of the files that two policies on disk do not both hold, byte for byte; but the index, in which a random name
+    and its place stand, by what it says of tensors, and the pickled options, in which equal strings of a resumed run are
+    several objects, by their values."""
     names = {file.name for folder in (first, second) for file in folder.iterdir()}
     return sorted(name for name in names if not _is_alike(first / name, second / name))
 
@@ -31,4 +32,7 @@ def _is_alike(first: Path, second: Path) -> bool:
     if first.name == ".metadata":
         one, other = (dcp.FileSystemReader(file.parent).read_metadata() for file in (first, second))
         return (one.state_dict_metadata, one.storage_data) == (other.state_dict_metadata, other.storage_data)
+    if first.name == "common.pt":
+        one, other = (torch.load(file, weights_only=False) for file in (first, second))
+        return bool(one == other)
     return first.read_bytes() == second.read_bytes()

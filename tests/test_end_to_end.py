@@ -334,14 +334,15 @@ def test_the_trained_model_loads_in_transformers(story: Story) -> None:
 
 @pytest.fixture(scope="module")
 def replays(story: Story) -> dict[int, tuple[int, Job, Path]]:
-    """The recorded rollouts played back with two ranks: from the start, and from a copy of the checkpoint of step 2."""
+    """The recorded rollouts played back with two ranks: from the start, and from a copy of the checkpoint of step 2; with
+    checkpoints that are written while the training goes on."""
     outputs = {0: story.folder / "replay", 2: story.folder / "replay_from_2"}
     name = Path("checkpoints") / "step_000002"
     shutil.copytree(story.folder / "run" / name, outputs[2] / name)
-    recorded = f"rollout.replay={story.folder / 'run' / 'rollouts'}"
+    recorded = [f"rollout.replay={story.folder / 'run' / 'rollouts'}", "checkpoint.asynchronous=true"]
     with ThreadPoolExecutor(2) as threads:
         runs = {
-            first: threads.submit(run, story.folder, [*options(story.folder), recorded, f"output_dir={output}"], 2)
+            first: threads.submit(run, story.folder, [*options(story.folder), *recorded, f"output_dir={output}"], 2)
             for first, output in outputs.items()
         }
         return {first: (*runs[first].result(), output) for first, output in outputs.items()}
