@@ -311,6 +311,14 @@ def test_a_sick_server_beside_a_healthy_one_costs_no_sample(kind, start, engine_
     assert "vLLM server 1" not in caplog.text
 
 
+def test_what_a_dying_server_does_to_its_samples_is_said_once(start, engine_over, caplog):
+    sick, healthy = start(stand.close_in_the_middle), start()
+    generate(engine_over(StandInServers(sick.url, healthy.url)), n=8, groups=6)
+    said = [line for line in caplog.messages if "will be sent again" in line]
+    assert sick.requests >= 8
+    assert len(said) == 1
+
+
 class Alternating:
     """Judges every other sample right: every group is informative."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import string
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from nemo_dapo.telemetry.kinds import MAX_KINDS, Kinds
 from nemo_dapo.telemetry.metrics import (
     EffectiveShare,
     Last,
@@ -332,3 +334,15 @@ def test_seconds_a_step_and_the_time_left_count_evaluation_and_saving() -> None:
 def test_a_duration_is_given_in_the_units_one_would_say() -> None:
     seconds = (0.4, 45, 119, 600, 3600 * 3 + 1200, 3600 * 52)
     assert [duration(s) for s in seconds] == ["0 s", "45 s", "2 min", "10 min", "3 h 20 min", "2 d 4 h"]
+
+
+@pytest.mark.parametrize(("text", "is_new"), [("no token for 9 s", False), ("HTTP 500", True)])
+def test_an_error_is_of_a_kind_by_its_text_without_numbers(text, is_new):
+    kinds = Kinds()
+    assert kinds.is_new("no token for 15 s")
+    assert kinds.is_new(text) is is_new
+
+
+def test_the_kinds_of_errors_that_are_said_have_an_end():
+    kinds = Kinds()
+    assert [kinds.is_new(letter) for letter in string.ascii_letters].count(True) == MAX_KINDS

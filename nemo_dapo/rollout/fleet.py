@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nemo_dapo.rollout.admission import Admission, Reading, Seen
+from nemo_dapo.telemetry.kinds import Kinds
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Life:
     faults: int = 0
     fault_at: float = -FAULT_SECONDS
     progress_at: float = field(default_factory=time.monotonic)
+    said: Kinds = field(default_factory=Kinds)  # of what went wrong with samples
 
 
 @dataclass

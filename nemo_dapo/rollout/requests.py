@@ -125,7 +125,8 @@ class Requests:
                 raise TimeoutError(f"{fault}; that was the {late}th time, raise rollout.request_timeout or see the log")
             if tries >= MAX_TRIES:
                 raise RuntimeError(f"{tries} answers for prompt {prompt.uid} could not be used; the last: {fault}")
-            log.warning("prompt %s will be sent again: %s", prompt.uid, fault)
+            if life.said.is_new(fault):  # all that a server has open may fail at once, by the thousand
+                log.warning("prompt %s will be sent again: %s", prompt.uid, fault)
             await fleet.report(member, life, fault, is_fatal=is_late)
             lost += life.lost.done() and not is_late
             if lost > MAX_LOST:

@@ -95,6 +95,9 @@ class Host:
 
     def thaw(self) -> None:
         self.signal(signal.SIGCONT)
+        for pid in self.processes():  # what entered the host waits outside it, and has stopped with its child
+            with contextlib.suppress(OSError):
+                os.kill(_parent(pid), signal.SIGCONT)
 
     def processes(self) -> list[int]:
         """Everything alive on it, as the machine counts process ids; zombies are not."""
@@ -106,3 +109,9 @@ class Host:
             return os.readlink(f"/proc/{pid}/ns/pid") == self._namespace and "\nState:\tZ" not in status
         except OSError:  # ended while we looked
             return False
+
+
+def _parent(pid: int) -> int:
+    """Raises OSError where the process has ended."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("\nPPid:")[2].split()[0])

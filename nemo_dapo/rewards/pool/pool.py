@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import threading
 import time
 from collections import Counter, deque
@@ -29,6 +28,7 @@ from nemo_dapo.rewards.pool.decoding import Decoding
 from nemo_dapo.rewards.pool.flow import Gate, Job, Queue, Unit, message
 from nemo_dapo.rewards.pool.process import ItemTimeoutError, WorkerLostError, WorkerProcess
 from nemo_dapo.telemetry.escape import printable
+from nemo_dapo.telemetry.kinds import Kinds
 from nemo_dapo.types import Prompt, Sample, Verdict
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ START_TIMEOUT = 180.0  # seconds until all workers must be ready: a user's funct
 _PENDING_PER_WORKER = 128  # units in flight: enough to keep every worker busy, bounded in memory
 _AFTER_KILL = 5.0  # seconds until a lane whose worker was killed has noticed
 _MAX_LOSSES = 2  # workers that may die on one unit
-_MAX_KINDS_SAID = 20  # kinds of verifier errors whose first text goes to the console
 
 
 class RewardPool:
@@ -73,7 +72,7 @@ class RewardPool:
             raise ValueError(f"reward.workers={workers}, reward.timeout={timeout}: both must be above 0; raise them")
         self.timeout = timeout
         self.counts: Counter[str] = Counter()  # scored, and verifier errors by kind
-        self._kinds_said: set[str] = set()
+        self._said = Kinds()
         if printed is not None:
             printed.parent.mkdir(parents=True, exist_ok=True)
         self._printed = "" if printed is None else str(printed.resolve())
@@ -301,9 +300,7 @@ class RewardPool:
 
     def _say_first_of_its_kind(self, error: str, uid: str) -> None:
         """A kind is `exception: KeyError`, `timeout: …`: the text up to its second colon, without numbers."""
-        kind = re.sub(r"\d+", "0", ":".join(error.split(":", 2)[:2]))
         with self._lock:
-            if kind in self._kinds_said or len(self._kinds_said) >= _MAX_KINDS_SAID:
+            if not self._said.is_new(":".join(error.split(":", 2)[:2])):
                 return
-            self._kinds_said.add(kind)
         log.warning("verifier error (first of its kind; more are counted) on prompt %s: %s", uid, printable(error, 500))
