@@ -1,12 +1,15 @@
 """Ten updates of the policy, and the same ten by Hugging Face's model and PyTorch's AdamW in a plain loop.
 
-`main(FOLDER)` runs in a process of its own and writes `results.pt`: for each model what both make of it.
+`main(FOLDER)` forks the ranks; rank 0 of each job writes `world<W>.pt`, a dictionary {scenario: weights and norms}. On two
+ranks the optimizer's states, or with them a mixture's experts, are dealt out.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from nemo_dapo.config import AlgorithmConfig, DecayStyle, OptimizerConfig
 from nemo_dapo.losses.dapo import make_loss_fn
 from nemo_dapo.types import TrainBatch
-from tests.forks import fork_ranks, import_megatron
+from tests.moe_scenarios import run_jobs
 from tests.policy_scenarios import ROPE_THETA, VOCAB, Job, Layout, make_train_batch, weights_of
 from tests.tiny import save_tiny_model
 
@@ -49,7 +52,7 @@ def rate(step: int) -> float:
     return LR + (MIN_LR - LR) * min((step - WARMUP) / (DECAY - WARMUP), 1.0)
 
 
-def by_the_policy(job: Job, model: str) -> dict[str, Any]:
+def by_the_policy(layout: Layout, model: str, job: Job) -> dict[str, Any]:
     options = OptimizerConfig(
         lr=LR,
         min_lr=MIN_LR,
@@ -62,7 +65,7 @@ def by_the_policy(job: Job, model: str) -> dict[str, Any]:
         decay_steps=DECAY,
         decay_style=DecayStyle.linear,
     )
-    policy, norms = job.policy(Layout(), model, optimizer=options), []
+    policy, norms = job.policy(layout, model, optimizer=options), []
     loss_fn = make_loss_fn(AlgorithmConfig(clip_low=CLIP_LOW, clip_high=CLIP_HIGH))
     for step in range(STEPS):
         batch = batch_of(step)
@@ -85,8 +88,8 @@ def loss_of(model: Any, batch: TrainBatch, old: Tensor) -> Tensor:
     return total / tokens
 
 
-def by_a_plain_loop(folder: Path, name: str) -> dict[str, Any]:
-    model = AutoModelForCausalLM.from_pretrained(folder / "models" / name, dtype=torch.float32)
+def by_a_plain_loop(name: str, job: Job) -> dict[str, Any]:
+    model = AutoModelForCausalLM.from_pretrained(job.folder / "models" / name, dtype=torch.float32)
     decayed = [one for one in model.parameters() if one.dim() > 1]
     others = [one for one in model.parameters() if one.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -99,23 +102,22 @@ def by_a_plain_loop(folder: Path, name: str) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         optimizer.step()
-    model.save_pretrained(folder / "after" / name)  # experts under the names of the folder's format, one by one
-    return {"weights": load_file(folder / "after" / name / "model.safetensors"), "norms": norms}
+    model.save_pretrained(job.folder / "after" / name)  # experts under the names of the folder's format, one by one
+    return {"weights": load_file(job.folder / "after" / name / "model.safetensors"), "norms": norms}
 
 
-def run(folder: Path) -> None:
-    torch.set_num_threads(1)
-    job = Job(folder, 1, 0)
-    job.join("meet")
-    found = {name: (by_the_policy(job, name), by_a_plain_loop(folder, name)) for name in MODELS}
-    torch.save(found, folder / "results.pt")
+LAYOUTS = {1: dict.fromkeys(MODELS, Layout()), 2: {"dense": Layout(), "experts": Layout(ep=2)}}
+SCENARIOS: dict[int, dict[str, Callable[[Job], Any]]] = {
+    ranks: {name: functools.partial(by_the_policy, layout, name) for name, layout in layouts.items()}
+    for ranks, layouts in LAYOUTS.items()
+}
+SCENARIOS[1] |= {f"{name}, plain": functools.partial(by_a_plain_loop, name) for name in MODELS}
 
 
 def main(folder: Path) -> None:
     for seed, (name, options) in enumerate(MODELS.items()):
         save_tiny_model(folder / "models" / name, rope_theta=ROPE_THETA, vocab=VOCAB, seed=seed, **options)
-    import_megatron()
-    fork_ranks([(run, (folder,))], folder)
+    run_jobs(folder, SCENARIOS)
 
 
 if __name__ == "__main__":

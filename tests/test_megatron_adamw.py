@@ -7,21 +7,22 @@ from typing import Any
 import pytest
 import torch
 
+from tests.adamw_scenarios import LAYOUTS
 from tests.child import run_module
 from tests.parallel_matrix import distance
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("adamw")
     run_module("adamw_scenarios", folder)
-    return torch.load(folder / "results.pt")
+    return {ranks: torch.load(folder / f"world{ranks}.pt") for ranks in LAYOUTS}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["dense", "experts", "mixtral", "deepseek"])
-def test_ten_updates_are_those_of_a_plain_loop(results: dict[str, Any], model: str) -> None:
-    ours, plain = results[model]
+@pytest.mark.parametrize(("ranks", "model"), [(ranks, model) for ranks in LAYOUTS for model in LAYOUTS[ranks]])
+def test_ten_updates_are_those_of_a_plain_loop(results: dict[int, dict[str, Any]], ranks: int, model: str) -> None:
+    ours, plain = results[ranks][model], results[1][f"{model}, plain"]
     assert ours["weights"].keys() >= plain["weights"].keys()
     weights = {name: ours["weights"][name] for name in plain["weights"]}
     assert distance(weights, plain["weights"]) < 1e-5
