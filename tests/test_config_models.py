@@ -208,6 +208,14 @@ def test_every_family_that_is_taken_has_a_parity_test() -> None:
     assert set(FAMILIES) == {tiny.FAMILIES[options["family"]].model_type for options in models}
 
 
+@pytest.mark.parametrize(("name", "value"), [("scoring_func", "'sigmoid'"), ("topk_method", "'noaux_tc'")])
+def test_options_of_which_vllm_has_another_default_must_be_in_the_file(name: str, value: str) -> None:
+    config = SIZES | TRAINS["Moonlight"]
+    del config[name]
+    (line,) = check_trainable("my/model", config)
+    assert f"has no {name}, which vLLM then takes otherwise; add it to the file: {name}={value}" in line
+
+
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_another_family_is_refused_in_one_line_that_names_those_that_train(model_type: str) -> None:
     (line,) = complaints("Llama 2", model_type=model_type, architectures=[OTHERS[model_type]])
@@ -315,6 +323,18 @@ def test_heads_too_small_for_vllm_are_refused_without_cuda_alone(
     assert "head_dim=16, which must be at least 32" in check(path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert check(path) == ""
+
+
+def test_latent_attention_of_a_size_that_vllm_has_no_kernel_for_is_refused_without_cuda_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = "kv_lora_rank=256 and qk_rope_head_dim=64, which must sum up to 576"
+    path = write(folder, **TRAINS["Moonlight"] | {"kv_lora_rank": 256})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert part in check(path)
+    assert "sum up" not in check(write(folder, **TRAINS["Moonlight"]))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert part not in check(write(folder, **TRAINS["Moonlight"] | {"kv_lora_rank": 256}))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ FAMILIES = {
 LATENT = {  # multi-latent attention and experts, some of them shared, behind a first layer without any
     **{"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 24},
     **{"moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 4},
-    **{"first_k_dense_replace": 1, "num_mtp_layers": 0},
+    **{"first_k_dense_replace": 1, "num_mtp_layers": 0, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
 }
 EXPERTS: dict[str, dict[str, Any]] = {  # 4 experts, of which a token goes to 2, or 8 and 4
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MIN_CPU_HEAD_SIZE = 32  # vllm.v1.attention.backends.cpu_attn: get_supported_head_sizes
+CPU_LATENT_SIZE = 576  # vllm.v1.attention.backends.mla.cpu_mla: 512 of the latent, 64 of the rotary part
 
 # Megatron-core's RotaryEmbedding._apply_scaling takes `factor` as an argument and has the others written in.
 LLAMA3_ROPE: dict[str, Any] = {
@@ -57,13 +58,15 @@ ROPE_OPTIONS = ("rope_parameters", "rope_scaling")  # of transformers 5, and of 
 @dataclass(frozen=True)
 class Family:
     """One architecture: `fixed` options must have this value or be absent, `unread` ones have no effect beside them, and
-    the trainer takes over its `own`, which other families have not. `ropes` are the kinds of rotary positions."""
+    the trainer takes over its `own`, which other families have not. `ropes` are the kinds of rotary positions. Of `told`
+    vLLM has other defaults than the model, so the fixed value must be there."""
 
     architecture: str
     fixed: dict[str, Any]
     unread: frozenset[str] = field(default_factory=frozenset)
     own: frozenset[str] = field(default_factory=frozenset)
     ropes: tuple[str, ...] = ("default", "llama3")
+    told: tuple[str, ...] = ()
 
 
 NO_WINDOW = {"use_sliding_window": False}
@@ -110,6 +113,7 @@ FAMILIES = {
             )
         ),
         ropes=("default", "yarn"),
+        told=("scoring_func", "topk_method"),
     ),
     "llama": Family(
         "LlamaForCausalLM", {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
@@ -177,6 +181,9 @@ def check_trainable(path: str, config: dict[str, Any]) -> Iterator[str]:
                 f"{where} {name}={_short(value)}, which no {family.architecture} that trains here has; if it changes "
                 "nothing in the forward pass, delete it from the file, else take another model"
             )
+    for name in family.told:
+        if name not in config:
+            yield f"{where} no {name}, which vLLM then takes otherwise; add it to the file: {name}={family.fixed[name]!r}"
     yield from (f"{where} {problem}" for problem in _check_groups(config))
 
 
@@ -225,11 +232,23 @@ def check_sizes(path: str, config: dict[str, Any]) -> Iterator[str]:
         yield f"{where} hidden_size={hidden}, no multiple of num_attention_heads={heads}; take another model"
     import torch  # here: the schema alone needs no torch
 
-    size = config.get("head_dim") or (hidden or 0) // (heads or 1)
-    if 0 < size < MIN_CPU_HEAD_SIZE and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        size = config.get("head_dim") or (hidden or 0) // (heads or 1)
+        yield from (f"{where} {problem}" for problem in _check_cpu_heads(size, config))
+
+
+def _check_cpu_heads(size: int, config: dict[str, Any]) -> Iterator[str]:
+    """What vLLM's attention on a CPU has no kernel for."""
+    latent, rotary = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
+    if latent and rotary and latent + rotary != CPU_LATENT_SIZE:
         yield (
-            f"{where} head_dim={size}, which must be at least {MIN_CPU_HEAD_SIZE} for vLLM on a host without CUDA: take "
-            "a model with fewer, larger heads"
+            f"kv_lora_rank={latent} and qk_rope_head_dim={rotary}, which must sum up to {CPU_LATENT_SIZE} for vLLM on a "
+            "host without CUDA: take a model of DeepSeek's sizes"
+        )
+    if not latent and 0 < size < MIN_CPU_HEAD_SIZE:
+        yield (
+            f"head_dim={size}, which must be at least {MIN_CPU_HEAD_SIZE} for vLLM on a host without CUDA: take a model "
+            "with fewer, larger heads"
         )
 
 
