@@ -14,6 +14,7 @@ from nemo_dapo.config import RolloutConfig
 from nemo_dapo.rollout import client
 from nemo_dapo.rollout.answers import Ending, Expected
 from nemo_dapo.rollout.client import ServerUnavailableError
+from nemo_dapo.rollout.fleet import Life
 from nemo_dapo.rollout.requests import Requests
 from nemo_dapo.types import Draft, Prompt, SamplingParams, VersionSpan
 
@@ -24,8 +25,7 @@ class OneServer:
     """Stands for upkeep and fleet; the first request brings three tokens, one behind a push, and its server is gone."""
 
     def __init__(self) -> None:
-        life = SimpleNamespace(lost=asyncio.get_running_loop().create_future())
-        self.member = SimpleNamespace(index=0, life=life)
+        self.member = SimpleNamespace(index=0, life=Life(asyncio.get_running_loop().create_future()))
         self.fleet, self.version, self.paused, self.asked = self, 0, [], [None]
         self.bodies: list[dict[str, Any]] = []
 
