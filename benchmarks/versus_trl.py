@@ -36,6 +36,7 @@ BUILD = ROOT / "build" / "versus_trl"
 EXPERIMENT = OmegaConf.load(ROOT / "conf" / "experiment" / "demo.yaml")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 GOAL, WINDOW = 0.90, 3  # accuracy, and over how many steps
+PHASES = ("rollout", "logprobs", "update", "sync")  # of a step of ours
 INSTALL = """
 set -eu
 base=$(sh "$1/requirements/find_python.sh")
@@ -99,12 +100,20 @@ def ours(model: Path, folder: Path, seed: int, steps: int) -> Curve:
         threads=1,
     )
     records = rows(folder / "metrics.jsonl")
+    print(f"where ours spent a step: {phases(records)}", flush=True)
     before = [0.0, *accumulate(one["time/step"] for one in records)]
     return Curve(
         tuple(start + one["time/rollout"] for start, one in zip(before, records, strict=False)),
         tuple(one["rollout/generated_tokens"] for one in records),
         tuple(one["rollout/accuracy"] for one in records),
     )
+
+
+def phases(records: list[dict[str, float]]) -> str:
+    """Mean seconds of each phase of a step, and what none of them has; the first step, which also warms up, left out."""
+    spent = {name: mean(one.get(f"time/{name}", 0.0) for one in records[1:]) for name in PHASES}
+    spent["rest"] = mean(one["time/step"] for one in records[1:]) - sum(spent.values())
+    return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in spent.items())
 
 
 def updates() -> int:
