@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -186,7 +187,9 @@ class DAPOTrainer:
         """
         gap = self.logprob_gap(batch, old_logprobs)
         limit = self.config.rollout.max_logprob_gap
-        if not gap <= limit and not self.parity_checked:  # NaN too
+        # A resumed window brings answers of older weights, which differ by what was learned since.
+        has_older = self.config.rollout.max_staleness > 0 and self.progress.rollout_steps > 0
+        if not gap <= (math.inf if has_older else limit) and not self.parity_checked:  # NaN too
             error = RuntimeError(
                 f"trainer and vLLM disagree on the log-probabilities of the same tokens by {gap:.2g} nats on average, "
                 f"expected at most rollout.max_logprob_gap={limit}: training on this pair would follow noise. Compare the "

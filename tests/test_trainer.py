@@ -6,6 +6,7 @@ Policy and controller are stubs here; the real ones run under this loop in test_
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import threading
@@ -345,6 +346,21 @@ def test_a_steps_record_is_written_before_its_checkpoint(tmp_path: Path) -> None
     assert stub.recorded_before_save == [(1, 0), (2, 1)]
     assert "time/save" not in stub.records[0]
     assert stub.records[1]["time/save"] > 0  # of the checkpoint of step 1
+
+
+@pytest.mark.parametrize(("gap", "max_staleness", "trains"), [(0.01, 1, True), (0.01, 0, False), (math.nan, 1, False)])
+def test_answers_of_older_weights_in_a_resumed_window_are_no_broken_pair(
+    gap: float, max_staleness: int, trains: bool, tmp_path: Path
+) -> None:
+    stub = Stub()
+    saving_trainer(stub, tmp_path).fit()
+    stub.gap, stub.stage = gap, Stage.train  # as a policy is that was just built
+    resumed = saving_trainer(stub, tmp_path, resumed=2)
+    resumed.config.trainer.max_steps = 3
+    resumed.config.rollout.max_staleness = max_staleness
+    with contextlib.nullcontext() if trains else pytest.raises(RuntimeError, match="max_logprob_gap"):
+        resumed.fit()
+    assert (stub.records[-1]["step"] == 3) is trains
 
 
 def test_a_full_disk_ends_the_run_and_names_the_last_checkpoint(tmp_path: Path) -> None:
