@@ -47,7 +47,7 @@ from nemo_dapo.rollout.weights.send import Sender
 from nemo_dapo.saves import Saves
 from nemo_dapo.stages import Stages
 from nemo_dapo.telemetry.memory import memory_record
-from nemo_dapo.telemetry.metrics import Last, Max, Mean, Metric, Sum, merge, merge_across_ranks, values
+from nemo_dapo.telemetry.metrics import Last, Mean, Metric, Sum, merge, merge_across_ranks, values
 from nemo_dapo.types import Stage, TrainBatch
 
 log = logging.getLogger(__name__)
@@ -173,12 +173,21 @@ class DAPOTrainer:
         minibatches = self.minibatches(batch.num_sequences)
         with self.timed("logprobs"):
             old = reference = None
-            if batch.num_sequences > self.config.algorithm.minibatch_size or not self.parity_checked:
-                old = self.policy.logprobs(batch, minibatches)
+            if scored := self.scored_before_updates(batch, minibatches):
+                old = self.policy.logprobs(batch, scored)
+            if old is not None and not self.parity_checked:
                 self.check_parity(batch, old)
             if self.config.algorithm.kl_coeff:
                 reference = self.policy.reference_logprobs(batch, minibatches)
         return old, reference
+
+    def scored_before_updates(self, batch: TrainBatch, minibatches: list[Tensor]) -> list[Tensor]:
+        """Those whose log-probabilities theta_old must give in advance: all but the first, whose update scores them itself.
+
+        All of them where the pair is yet to be checked, or where that pass records the routes that updates are to follow.
+        """
+        records_routes = self.config.model.replay_routes and batch.routes is None
+        return minibatches if records_routes or not self.parity_checked else minibatches[1:]
 
     def check_parity(self, batch: TrainBatch, old_logprobs: Tensor) -> None:
         """Compare with vLLM's log-probabilities of the same tokens and weights; refuse to start on a broken pair.
@@ -189,7 +198,7 @@ class DAPOTrainer:
         limit = self.config.rollout.max_logprob_gap
         # A resumed window brings answers of older weights, which differ by what was learned since.
         has_older = self.config.rollout.max_staleness > 0 and self.progress.rollout_steps > 0
-        if not gap <= (math.inf if has_older else limit) and not self.parity_checked:  # NaN too
+        if not gap <= (math.inf if has_older else limit):  # NaN too
             error = RuntimeError(
                 f"trainer and vLLM disagree on the log-probabilities of the same tokens by {gap:.2g} nats on average, "
                 f"expected at most rollout.max_logprob_gap={limit}: training on this pair would follow noise. Compare the "
@@ -198,22 +207,14 @@ class DAPOTrainer:
                 "some tokens otherwise"
             )
             raise found_alike(error)
-        if not gap <= limit and not self.config.rollout.max_staleness:  # older weights differ by what was learned since
-            log.warning("trainer and vLLM differ by %.2g nats a token, above rollout.max_logprob_gap=%g", gap, limit)
         self.parity_checked = True
 
     def logprob_gap(self, batch: TrainBatch, old_logprobs: Tensor) -> float:
-        """Their mean absolute difference over all ranks' tokens, which is recorded, and the largest one with it."""
+        """Their mean absolute difference in nats over all ranks' tokens."""
         mismatch = (old_logprobs - batch.rollout_logprobs).abs()
         held = int((batch.held_lengths - batch.prompt_lengths).clamp(min=0).sum())
-        mine: dict[str, Metric] = {
-            "rollout/logprob_gap": Mean(float(mismatch.sum()), held),
-            "rollout/logprob_gap_max": Max(float(mismatch.max()) if held else 0.0),
-        }
         # Each replica is counted as often as it has ranks, numerator and denominator alike.
-        everywhere = merge_across_ranks(mine, self.group)
-        self.record = merge([self.record, everywhere])
-        return everywhere["rollout/logprob_gap"].value
+        return merge_across_ranks({"gap": Mean(float(mismatch.sum()), held)}, self.group)["gap"].value
 
     def update(
         self, batch: TrainBatch, chosen: Tensor, logprobs: tuple[Tensor | None, Tensor | None], uids: list[str]
@@ -223,8 +224,8 @@ class DAPOTrainer:
             return  # all of it was filtered: there is no gradient, and the optimizer must not move by its momentum
         tokens = batch.token_indices(chosen)
         old, reference = (None if values is None else values[tokens] for values in logprobs)
-        if batch.num_sequences <= self.config.algorithm.minibatch_size:
-            old = None  # the only update of the step: theta is theta_old
+        if int(chosen[0]) == 0:
+            old = None  # the first update of the step: theta is theta_old
         try:
             with self.timed("update"):
                 self.stages.enter(Stage.train)
@@ -374,10 +375,17 @@ class DAPOTrainer:
         record, self.record = values(self.record | memory), {}
         if self.controller is None:
             return
-        if "train/gap" in record:  # a step of one update scores its tokens in that update alone
-            record.setdefault("rollout/logprob_gap", record["train/gap"])
+        if "train/gap" in record:
+            self.report_gap(record)
         counters = {f"progress/{name}": float(value) for name, value in asdict(self.progress).items()}
         self.controller.record(self.progress.rollout_steps, record | counters)
+
+    def report_gap(self, record: dict[str, float]) -> None:
+        """What the step's updates found on all their tokens, by the rollout's name for it; warn where it grew."""
+        gap, limit = record["train/gap"], self.config.rollout.max_logprob_gap
+        record |= {"rollout/logprob_gap": gap, "rollout/logprob_gap_max": record["train/gap_max"]}
+        if not gap <= limit and not self.config.rollout.max_staleness:  # older weights differ by what was learned since
+            log.warning("trainer and vLLM differ by %.2g nats a token, above rollout.max_logprob_gap=%g", gap, limit)
 
     def add(self, name: str, metric: Metric) -> None:
         """Merge `metric` into the step's record, by its type."""

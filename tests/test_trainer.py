@@ -43,7 +43,7 @@ from nemo_dapo.rollout.host import node_name
 from nemo_dapo.rollout.weights import direct
 from nemo_dapo.rollout.weights.plan import Seat, Sent, UpdatePlan
 from nemo_dapo.stages import check_order
-from nemo_dapo.telemetry.metrics import Mean
+from nemo_dapo.telemetry.metrics import Max, Mean
 from nemo_dapo.trainer import DAPOTrainer
 from nemo_dapo.types import Group, Prompt, Sample, Stage, Verdict
 from tests.stand_in_devices import HostMemory
@@ -95,6 +95,8 @@ class Stub:
         self.records: list[dict[str, float]] = []
         self.gap, self.refuse, self.updates = gap, refuse, 0
         self.saved, self.disk_full = 0, False
+        self.scored: list[list[int]] = []  # sequences, a call
+        self.olds: list[list[float] | None] = []  # theta_old's log-probabilities that came with each update
         self.taken: list[tuple[str, bool]] = []
         self.may_write = threading.Event()
         self.may_write.set()
@@ -140,15 +142,19 @@ class Stub:
 
     def logprobs(self, batch: Any, minibatches: Any) -> torch.Tensor:
         self.calls.append("logprobs")
-        return batch.rollout_logprobs + self.gap
+        self.scored.append(torch.cat(list(minibatches)).tolist())
+        scores = torch.zeros_like(batch.rollout_logprobs)
+        scores[batch.token_indices(torch.cat(list(minibatches)))] = self.gap - 0.5
+        return torch.where(batch.rollout_logprobs == 0, 0.0, scores)
 
     def update(self, batch: Any, loss_fn: Any, old: Any, reference: Any = None) -> dict[str, Any]:
         self.calls.append("update")
+        self.olds.append(None if old is None else old.tolist())
         self.updates += 1
         if self.updates in self.refuse:
             raise NonFiniteGradientError(math.inf, [3], [1])
         # As of a mini-batch whose loss sums to 1 over `updates` tokens: the step's mean must weigh by tokens.
-        return {"loss": Mean(1.0, self.updates)}
+        return {"loss": Mean(1.0, self.updates), "gap": Mean(self.gap, 1), "gap_max": Max(self.gap)}
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         self.records.append({"step": step, **metrics})
@@ -287,6 +293,45 @@ def test_servers_sleep_from_the_end_of_the_rollout_to_the_next_weights(tmp_path:
     step = ["sleep", "logprobs", "update", "update"]
     first, second, third = (["wake weights", f"weights {version}", "wake up"] for version in range(3))
     assert stub.calls == [*first, "collect 1", *step, *second, "collect 2", *step, *third]
+
+
+def test_only_what_later_updates_need_is_scored_before_them(tmp_path: Path) -> None:
+    stub = Stub()
+    trainer(stub, tmp_path).fit()
+    assert stub.scored == [[0, 1, 2, 3], [2, 3]]  # all where the pair is checked, then what the second update trains on
+    response = [0.0, 0.0, -0.5, -0.5, -0.5]
+    assert stub.olds == [None, 2 * response] * 2
+
+
+def test_a_step_of_one_update_scores_nothing_before_it(tmp_path: Path) -> None:
+    stub = Stub()
+    made = trainer(stub, tmp_path)
+    made.config.algorithm.minibatch_size = N * G
+    made.fit()
+    assert stub.scored == [[0, 1, 2, 3]]
+    assert stub.olds == [None, None]
+
+
+def test_routes_that_a_pass_records_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    stub = Stub()
+    made = trainer(stub, tmp_path)
+    made.config.model.replay_routes = True
+    made.fit()
+    assert stub.scored == [[0, 1, 2, 3]] * 2
+
+
+def test_a_pair_that_drifts_apart_later_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stub = Stub()
+    made = trainer(stub, tmp_path)
+    made.step()
+    made.log()
+    assert "differ" not in caplog.text
+    stub.gap = 0.25
+    made.step()
+    made.log()
+    assert "differ by 0.25 nats a token, above rollout.max_logprob_gap=0.001" in caplog.text
+    assert [record["rollout/logprob_gap"] for record in stub.records] == [0.0, 0.25]
+    assert stub.records[1]["rollout/logprob_gap_max"] == 0.25
 
 
 def test_a_steps_metrics_weigh_every_token_alike(tmp_path: Path) -> None:
