@@ -11,6 +11,7 @@ The last line is JSON: tokens of finished groups and of unfinished answers in th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -65,7 +68,8 @@ def killed(folder: Path, steps: int) -> None:
             time.sleep(0.05)
     finally:
         for process in rank_faults.descendants_of_job(mark, started):
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # torchrun ends its ranks as soon as one is gone
+                process.kill()
         job.wait()
 
 
