@@ -14,9 +14,10 @@ from nemo_dapo.config import RolloutConfig
 from nemo_dapo.rollout import client
 from nemo_dapo.rollout.answers import Ending, Expected
 from nemo_dapo.rollout.client import ServerUnavailableError
-from nemo_dapo.rollout.fleet import Life
+from nemo_dapo.rollout.fleet import Fleet, Life
 from nemo_dapo.rollout.requests import Requests
 from nemo_dapo.types import Draft, Prompt, SamplingParams, VersionSpan
+from tests.stand_in_server import StandInServers
 
 PROMPT, PARAMS = Prompt("p", (9, 9), "", ""), SamplingParams(max_tokens=8)
 
@@ -44,7 +45,7 @@ class OneServer:
 
     def progressed(self, member: Any) -> None: ...
 
-    def give(self, member: Any) -> None: ...
+    def give(self, member: Any, n: int = 1) -> None: ...
 
     async def sample(self, http: Any, server: Any, body: bytes, expected: Expected, on_tokens: Any) -> Ending:
         self.bodies.append(json.loads(body))
@@ -83,3 +84,22 @@ def test_tokens_of_older_weights_are_gone_on_with_where_groups_outlive_a_push_an
         assert len(server.bodies) == 2, "a whole draft is asked for no more"
 
     asyncio.run(course())
+
+
+def test_a_group_that_is_cancelled_between_its_places_and_its_first_request_gives_them_back() -> None:
+    async def course() -> int:
+        fleet = Fleet(1, 4, StandInServers(*"a"), lambda index, fault: None)
+        upkeep = SimpleNamespace(fleet=fleet, version=0, paused=[], asked=[None], describe=str)
+        requests = Requests(RolloutConfig(), upkeep, None, [1], 20)  # type: ignore[arg-type]
+        member = await fleet.take(4)
+        group = asyncio.create_task(requests.group(requests.asked(PROMPT, PARAMS), 4))
+        while not fleet.waiters:
+            await asyncio.sleep(0)
+        fleet.give(member, 4)
+        await asyncio.sleep(0)  # the group has its places now, and its samples have not had a turn
+        assert member.load == 4
+        group.cancel()
+        await asyncio.wait({group})
+        return member.load
+
+    assert asyncio.run(course()) == 0

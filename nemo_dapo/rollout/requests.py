@@ -93,9 +93,22 @@ class Requests:
         missing = [draft for draft in drafts if not draft.is_whole]
         if missing:
             await self.turn()
-            member = await self.upkeep.fleet.take(len(missing))
-            await all_or_none([self._sample(asked, member, draft) for draft in missing])
+            await self._samples(asked, await self.upkeep.fleet.take(len(missing)), missing)
         return [draft.sample for draft in drafts]
+
+    async def _samples(self, asked: Asked, member: Member, drafts: Sequence[Draft]) -> None:
+        """Make all `drafts` whole; as many places on `member` are taken."""
+        unbegun = len(drafts)
+
+        async def one(draft: Draft) -> None:
+            nonlocal unbegun
+            unbegun -= 1
+            await self._sample(asked, member, draft)
+
+        try:
+            await all_or_none([one(draft) for draft in drafts])
+        finally:  # a task that is cancelled before its first turn runs nothing, not even what gives its place back
+            self.upkeep.fleet.give(member, unbegun)
 
     async def turn(self) -> None:
         """Wait for a turn of the event loop in which few others start: all at once would block it for seconds."""
