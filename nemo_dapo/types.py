@@ -170,6 +170,11 @@ class OpenGroup:
     group: Group | None
     drafted: tuple[Sample, ...] = ()
 
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """Those of the group, or what there is of them."""
+        return self.group.samples if self.group else self.drafted
+
 
 @dataclass
 class TrainBatch:

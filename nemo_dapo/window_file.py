@@ -1,6 +1,7 @@
-"""The groups of the window on disk: arrays as arrays, eight bytes a token, the rest as JSON in the file's metadata.
+"""The groups of the window on disk: arrays as arrays, eight bytes a token, the rest as the bytes of a JSON text.
 
-R tokens of all samples back to back: `token_ids` [R] int32, `logprobs` [R] float32.
+R tokens of all samples back to back: `token_ids` [R] int32, `logprobs` [R] float32. The text is `groups` [bytes] uint8, not
+the file's metadata: safetensors refuses a header beyond 100 MB, which a few thousand long prompts exceed.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ NAME = "window.safetensors"
 
 
 def write(path: Path, window: Sequence[OpenGroup]) -> None:
-    samples = [sample for one in window for sample in _samples(one)]
+    samples = [sample for one in window for sample in one.samples]
+    described = json.dumps([_described(one) for one in window]).encode()
     arrays = {
+        "groups": np.frombuffer(described, np.uint8),
         "token_ids": np.concatenate([sample.token_ids for sample in samples] or [np.empty(0, np.int32)]),
         "logprobs": np.concatenate([sample.logprobs for sample in samples] or [np.empty(0, np.float32)]),
     }
-    save_file(arrays, path, {"groups": json.dumps([_described(one) for one in window])})
+    save_file(arrays, path)
 
 
 def read(path: Path) -> list[OpenGroup]:
     with safe_open(path, framework="numpy") as file:
-        described = json.loads(file.metadata()["groups"])
+        described = json.loads(file.get_tensor("groups").tobytes())
         token_ids, logprobs = file.get_tensor("token_ids"), file.get_tensor("logprobs")
     # Read-only, or each sample would copy its part.
     token_ids.flags.writeable = logprobs.flags.writeable = False
@@ -40,15 +43,11 @@ def read(path: Path) -> list[OpenGroup]:
     return [_group(one, pieces) for one in described]
 
 
-def _samples(one: OpenGroup) -> tuple[Sample, ...]:
-    return one.group.samples if one.group else one.drafted
-
-
 def _described(one: OpenGroup) -> dict[str, Any]:
     """Everything but the arrays."""
     samples = [
         {"tokens": len(s.token_ids), "finish_reason": s.finish_reason, "versions": [asdict(v) for v in s.versions]}
-        for s in _samples(one)
+        for s in one.samples
     ]
     verdicts = [asdict(verdict) for verdict in one.group.verdicts] if one.group else None
     return {"index": one.index, "prompt": asdict(one.prompt), "samples": samples, "verdicts": verdicts}

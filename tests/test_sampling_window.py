@@ -227,6 +227,12 @@ def test_a_window_on_disk_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
     assert window_file.read(tmp_path / "none") == window[1:]
 
 
+def test_what_is_said_of_groups_may_be_longer_than_a_header_of_safetensors(tmp_path: Path) -> None:
+    window = [OpenGroup(0, Prompt("u", (3,), "x" * 100_000_001, ""), None)]
+    window_file.write(tmp_path / "w", window)
+    assert window_file.read(tmp_path / "w") == window
+
+
 def test_a_window_of_long_answers_takes_eight_bytes_a_token(tmp_path: Path) -> None:
     prompt = Prompt("u", (3, 4), "1+1", "2")
     sample = Sample(np.arange(20_000), np.zeros(20_000), "length", (VersionSpan(1, 0, 20_000),))
