@@ -17,6 +17,7 @@ from typing import Any
 from nemo_dapo.collected import Collected, Dropped, DropReason, judge
 from nemo_dapo.flights import Flights, GroupTask
 from nemo_dapo.interfaces import PromptLoader, Rewarder, RolloutEngine
+from nemo_dapo.resumed_window import fitting, young
 from nemo_dapo.stopping import check_progress, check_verifier, in_words
 from nemo_dapo.types import Draft, Group, OpenGroup, Prompt, Sample, SamplingParams
 from nemo_dapo.window import Step, Window
@@ -77,6 +78,7 @@ class GroupSampler:
         self._flights = Flights(self._on_end)
         self._pending: deque[Prompt] = deque()  # taken from the loader and not judged yet: they come first
         self._unstarted: list[int] = []  # admitted before a resume and not finished
+        self._is_resumed = False  # with a window that no step was taken from since
         self._drafts: dict[int, list[Draft]] = {}  # of the groups in the window that are not finished
         self._prompts: dict[int, Prompt] = {}  # of all groups in the window
         self._groups: dict[int, Group] = {}  # those of them that are finished
@@ -124,6 +126,8 @@ class GroupSampler:
 
     def _begin(self, num_groups: int) -> _Wait:
         self.window.begin(num_groups)
+        if self._is_resumed:
+            self._leave_out_what_is_too_old()
         self._wait = wait = _Wait(asyncio.get_running_loop().time())
         if not (self._keeps and self._counts):
             self._flights.take_occupancy()  # nothing is counted before the first step, or between two
@@ -292,37 +296,53 @@ class GroupSampler:
 
         Belongs with the loader's: it is ahead by the pending and the open prompts.
         """
-        window = [
-            OpenGroup(i, prompt, self._groups.get(i), tuple(draft.sample for draft in self._drafts.get(i, ())))
-            for i, prompt in sorted(self._prompts.items())
-        ]
         return {
             "pending": [asdict(prompt) | {"token_ids": list(prompt.token_ids)} for prompt in self._pending],
             "next_index": self.window.front,
             "steps": self.window.taken,
             "acceptance_rate": self.window.acceptance_rate,
             "counters": dict(self.counters),
-            "window": window,
+            "window": self._open_groups(),
         }
 
+    def _open_groups(self) -> list[OpenGroup]:
+        return [
+            OpenGroup(i, prompt, self._groups.get(i), tuple(draft.sample for draft in self._drafts.get(i, ())))
+            for i, prompt in sorted(self._prompts.items())
+        ]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; where nothing is kept between steps, the groups of its window are sampled again."""
+        """Go on from `state`, saved under options that may have been others; see `resumed_window`.
+
+        Where nothing is kept between steps, the groups of its window are sampled again.
+        """
         window: list[OpenGroup] = state.get("window", [])
         pending = [Prompt(**fields | {"token_ids": tuple(fields["token_ids"])}) for fields in state["pending"]]
         self._pending = deque(pending)
-        front = state["next_index"]
         if not self._keeps:
             self._pending.extendleft(reversed([one.prompt for one in window]))
             window = []
+        window = fitting(window, self.group_size, self.params.max_tokens)
+        self._restore(state["next_index"], state.get("steps", 0), window)
+        self._is_resumed = bool(window)
+        self.window.acceptance_rate = state["acceptance_rate"]
+        self.counters |= state["counters"]
+
+    def _leave_out_what_is_too_old(self) -> None:
+        self._is_resumed = False
+        window = self._open_groups()
+        kept = young(window, self.window, is_open=lambda one: self._reasons.get(one.index) is None)
+        self._pending.extendleft(reversed([one.prompt for one in window[len(kept) :]]))
+        self._restore(self.window.front, self.window.taken, kept)
+
+    def _restore(self, front: int, taken: int, window: Sequence[OpenGroup]) -> None:
         self._prompts = {one.index: one.prompt for one in window}
         self._groups = {one.index: one.group for one in window if one.group is not None}
         self._reasons = {i: judge(g, dynamic_sampling=self.dynamic_sampling) for i, g in self._groups.items()}
         self._unstarted = [one.index for one in window if one.group is None]
         self._drafts = {one.index: [Draft(sample) for sample in one.drafted] for one in window if one.drafted}
         outcomes = {index: _outcome(reason) for index, reason in self._reasons.items()}
-        self.window.restore(front, front + len(window), state.get("steps", 0), outcomes)
-        self.window.acceptance_rate = state["acceptance_rate"]
-        self.counters |= state["counters"]
+        self.window.restore(front, front + len(window), taken, outcomes)
 
 
 def _outcome(reason: DropReason | None) -> bool | None:

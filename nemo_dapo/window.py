@@ -153,9 +153,13 @@ class Window:
         kept = self._kept[: bisect.bisect_left(self._kept, self.end)]
         return Step(self.front, self.end, tuple(kept), len(kept) < self.num_groups)
 
+    def steps_before(self, open_groups: int, places: int) -> int:
+        """How many steps come, at most, before the one of a group that is so far behind the front."""
+        return open_groups // self.num_groups + places // self.limit
+
     def _age_of_next(self) -> int:
         """Pushes between the weights that serve now and those that train on the next group, at the latest."""
-        steps = self.open // self.num_groups + (self.next_index - self.front) // self.limit
+        steps = self.steps_before(self.open, self.next_index - self.front)
         return self.taken + steps - self.pushed
 
     def _wanted(self) -> int:

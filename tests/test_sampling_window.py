@@ -207,6 +207,113 @@ def test_a_run_that_no_longer_samples_ahead_samples_the_open_groups_again() -> N
     assert taken + indices(run(sampler.collect(5))) == list(range(8))
 
 
+def saved_window(engine: Engine, m: int = 2, groups: int = 4) -> dict[str, Any]:
+    """The state of a run, and of its loader, after the third step."""
+
+    async def course() -> dict[str, Any]:
+        loader = Loader()
+        sampler = make(engine, max_staleness=m, loader=loader)
+        for _ in range(3):
+            await sampler.collect(groups)
+        state = sampler.state_dict() | {"loader": loader.state_dict()}
+        await sampler.stop()
+        return state
+
+    return run(course())
+
+
+def gone_on_with(state: dict[str, Any], engine: Engine, number: int, groups: int, **options: Any) -> list[Collected]:
+    loader = Loader()
+    loader.load_state_dict(state["loader"])
+    sampler = make(engine, loader=loader, **options)
+    sampler.load_state_dict(state)
+    return run(steps(sampler, number, groups))
+
+
+def test_a_resumed_run_with_other_sizes_takes_the_same_groups_and_samples_those_anew_that_do_not_fit(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    script = scripted("wkkwkwwk")  # what is all right of G is not of 2 G
+    first = Engine(script, random_latency(1), length=lambda i: 3 + i % 2)
+    state = saved_window(first)
+    finished = {one.prompt.metadata["i"] for one in state["window"] if one.group}
+    assert {i % 2 for i in finished} == {0, 1}
+    expected = [indices(one) for one in gone_on_with(state, Engine(script), 3, 4, max_staleness=2)]
+    assert not caplog.records
+
+    larger = Engine(script)
+    found = gone_on_with(state, larger, 3, 4, max_staleness=2, group_size=2 * G)
+    assert [indices(one) for one in found] == expected
+    assert {len(group.samples) for one in found for group in one.judged} == {2 * G}
+    assert finished <= set(larger.started)
+
+    shorter = Engine(script)
+    found = gone_on_with(state, shorter, 3, 4, max_staleness=2, params=SamplingParams(max_tokens=3))
+    assert [indices(one) for one in found] == expected
+    assert finished & set(shorter.started) == {i for i in finished if i % 2}
+    assert "open groups are sampled anew: they are not of algorithm.group_size=8, or an answer is longer" in caplog.text
+
+
+class Dated(Engine):
+    """Each answer is of the weights that served when it was begun."""
+
+    version = 0
+
+    async def generate(
+        self, prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()
+    ) -> list[Sample]:
+        version = self.version
+        samples = await super().generate(prompt, n, params)
+        return [dataclasses.replace(one, versions=(VersionSpan(version, 0, len(one.token_ids)),)) for one in samples]
+
+
+async def dated_steps(sampler: GroupSampler, engine: Dated, number: int, groups: int) -> tuple[float, list[int]]:
+    """The largest age of a token that is trained on, and the groups that decided the steps; each is followed by a push."""
+    oldest, decisive = 0.0, []
+    for _ in range(number):
+        engine.version = sampler.window.taken
+        collected = await sampler.collect(groups)
+        oldest = max(oldest, token_ages(collected.groups, engine.version).get("rollout/age_max", 0.0))
+        decisive += [group.prompt.metadata["i"] for group in collected.decisive]
+        await asyncio.sleep(3.0)
+    return oldest, decisive
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("m", "groups"), [(4, 4), (2, 4), (1, 4), (4, 2), (4, 1), (1, 1), (1, 8), (8, 4)])
+def test_no_token_is_too_old_for_a_resumed_run_that_allows_less(m: int, groups: int, seed: int) -> None:
+    engine = Dated(SCRIPT, random_latency(seed))
+
+    async def first() -> dict[str, Any]:
+        loader = Loader()
+        sampler = make(engine, max_staleness=4, loader=loader)
+        assert (await dated_steps(sampler, engine, 8, 4))[0] <= 4
+        engine.version = sampler.window.taken
+        state = sampler.state_dict() | {"loader": loader.state_dict()}
+        await sampler.stop()
+        return state
+
+    state = run(first())
+    again = Dated(SCRIPT, random_latency(seed + 100))
+    finished = {one.prompt.metadata["i"] for one in state["window"] if one.group}
+
+    async def second() -> tuple[float, list[int]]:
+        loader = Loader()
+        loader.load_state_dict(state["loader"])
+        sampler = make(again, max_staleness=m, loader=loader)
+        sampler.load_state_dict(state)
+        found = await dated_steps(sampler, again, 24, groups)
+        await sampler.stop()
+        return found
+
+    oldest, decisive = run(second())
+    assert oldest <= m
+    assert decisive == list(range(state["next_index"], state["next_index"] + len(decisive)))
+    assert len(set(again.started)) == len(again.started), "a group was sampled twice"
+    if m >= 4 and groups >= 4:
+        assert not finished & set(again.started), "groups that are young enough were sampled anew"
+
+
 # ------------------------------------------------------------------ on disk
 
 

@@ -250,13 +250,13 @@ def test_accepted_answers_are_as_long_as_all_informative_ones_unless_the_first_t
 
 SOURCE = Path(module.__file__).read_text()
 MUTANTS = {
-    "places of a step": ("self.open // self.num_groups + ", ""),
+    "places of a step": ("open_groups // self.num_groups + ", ""),
     "one more": (
         "return self._age_of_next() <= self.max_staleness",
         "return self._age_of_next() - 1 <= self.max_staleness",
     ),
     "no push": ("return self.taken + steps - self.pushed", "return steps"),
-    "no passing": (" + (self.next_index - self.front) // self.limit", ""),
+    "no passing": (" + places // self.limit", ""),
     "a kept group takes no place": ("return self.running + len(self._kept)", "return self.running"),
     "a running group takes no place": ("return self.running + len(self._kept)", "return len(self._kept)"),
     "not in order": ("bisect.insort(self._kept, index)", "self._kept.append(index)"),
