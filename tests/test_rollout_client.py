@@ -885,6 +885,43 @@ def test_an_update_reaches_a_server_whose_restart_ended_with_the_weights_before(
 # -------------------------------------------------------------------- restarts
 
 
+def test_a_server_that_dies_while_it_is_told_what_a_fresh_one_must_know_is_restarted_again_and_watched_on(
+    start, engine_over, caplog
+):
+    server = start()
+    server.sick_calls["/init_weight_transfer_engine"] = [stand.close]
+    servers = StandInServers(server.url)
+    engine = engine_over(servers, progress_timeout=0.4)
+    servers.cures[0] = lambda: None
+    for deaths in (1, 2):
+        servers.dead = {0}  # nobody asks it for anything: the watch is the one to notice
+        assert wait_for(lambda deaths=deaths: len(servers.restarts) == deaths + 1)
+        assert wait_for(lambda: not engine.upkeep.fleet.members[0].is_down)
+    assert "restarting vLLM server 0 (pid 0, server_0.log): RemoteProtocolError" in caplog.text
+    assert generate(engine)
+
+
+def test_the_watch_goes_on_whatever_a_restart_raises(caplog):
+    async def scenario() -> int:
+        servers, raised = StandInServers(*"a"), []
+
+        def restart(index: int, fault: str) -> None:
+            raised.append(fault)
+            if len(raised) == 1:
+                raise ValueError("a defect of ours")
+            servers.dead.clear()
+
+        fleet = Fleet(1, 4, servers, restart)
+        servers.dead = {0}
+        watch = asyncio.create_task(fleet.watch(lambda index: asyncio.sleep(0), 0.04, []))
+        await asyncio.wait({watch}, timeout=0.5)
+        watch.cancel()
+        return len(raised)
+
+    assert asyncio.run(scenario()) == 2
+    assert "a defect of ours" in caplog.text
+
+
 def test_a_server_that_dies_while_nobody_asks_is_restarted_before_it_is_needed(start, engine_over, caplog):
     servers = StandInServers(start().url)
     engine = engine_over(servers, progress_timeout=0.4)

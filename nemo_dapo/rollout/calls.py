@@ -55,7 +55,7 @@ class Calls:
             return None
         except TimeoutError as late:
             problem = f"it did not {purpose} within {limit.option}={limit.seconds:.0f} s ({late})"
-        except (ConnectionError, httpx.TransportError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError) as error:
             problem = f"it was to {purpose}: {type(error).__name__}: {error}"
         return f"{self._servers.describe(member.index)}: {problem}"
 
@@ -65,5 +65,8 @@ class Calls:
         A call that waits for an engine process which is gone would wait for ever: vLLM's /pause does.
         """
         deadline = time.monotonic() + limit.seconds
-        async with control.client(self._servers.servers[index].url, self._servers.headers) as http:
-            return await control.unless(death(self._servers, index, PULSE_SECONDS), action(http, deadline))
+        try:
+            async with control.client(self._servers.servers[index].url, self._servers.headers) as http:
+                return await control.unless(death(self._servers, index, PULSE_SECONDS), action(http, deadline))
+        except httpx.TransportError as broken:  # no OSError, as whoever restarts servers expects
+            raise control.ServerDiedError(f"{type(broken).__name__}: {broken}") from broken

@@ -11,7 +11,6 @@ Everything here runs in the run's event loop, but for `restart`, which blocks in
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
@@ -382,8 +381,9 @@ class Fleet:
             hangs = bool(member.load) and silence > timeout and member.life is life and not paused
             fault = f"no token of its {member.load} open samples for {silence:.0f} s (rollout.progress_timeout)"
             if hangs or not self.servers.alive(member.index):
-                with contextlib.suppress(SickError):  # its requests, or those to come, say so
-                    await self.attend(member, life, fault, is_fatal=hangs)
+                repair = asyncio.ensure_future(self.attend(member, life, fault, is_fatal=hangs))
+                self.leave_to_itself(repair)  # whatever it raises, the server is looked at again
+                await asyncio.wait({repair})
 
     def _admit(self, member: Member, reading: Reading, finished: int, seconds: float) -> None:
         is_wanted = any(not place.done() for _, place in self.waiters)
