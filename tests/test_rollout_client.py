@@ -869,6 +869,40 @@ def test_an_update_waits_for_the_restart_of_a_server_that_died_under_it_only_whe
     assert wait_for(lambda: all_of_them[0].version == "1")
 
 
+def test_an_update_does_not_wait_for_the_restart_of_a_server_that_dies_with_open_requests_while_others_are_paused(
+    start, engine_over
+):
+    dying, well = start(stand.begin(then=stand.close)), start(current)
+    servers = StandInServers(dying.url, well.url)
+    engine = engine_over(servers, max_staleness=1)
+    ready, member = threading.Event(), engine.upkeep.fleet.members[0]
+    servers.cures[0] = lambda: ready.wait(60)  # type: ignore[assignment,return-value]
+
+    def die_first(handler: stand.Handler) -> None:
+        servers.dead = {0}
+        dying.go_on.set()
+        assert wait_for(lambda: member.is_down)
+        stand.say(handler, b"{}")
+
+    well.sick_calls["/pause"] = [die_first]
+
+    async def scenario() -> Sample:
+        task = asyncio.create_task(engine.generate(PROMPT, 1, PARAMS))
+        assert await asyncio.to_thread(wait_for, lambda: dying.requests == 1)
+        await asyncio.wait_for(asyncio.to_thread(engine.update_weights, WEIGHTS, 1), 10)
+        (sample,) = await asyncio.wait_for(task, 10)
+        return sample
+
+    try:
+        assert asyncio.run(scenario()).versions == (VersionSpan(1, 0, 3),)
+        assert wait_for(lambda: servers.restarts == [0])
+        assert dying.version == "0"
+    finally:
+        ready.set()
+    assert wait_for(lambda: dying.version == "1" and not member.is_down)
+    assert (member.is_stale, member.given_up) == (False, "")
+
+
 def test_an_update_reaches_a_server_whose_restart_ended_with_the_weights_before(start, engine_over):
     server = start(current)
     servers = StandInServers(server.url)

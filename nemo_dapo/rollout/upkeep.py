@@ -181,6 +181,8 @@ class Upkeep:
         return Hold(member, member.life, await self._calls.fault(member, "pause", pause, self._calls.for_a_word))
 
     async def _update(self, member: Member, life: Life, fault: str | None) -> None:
+        if member.is_down and not self._has_newest[member.index] and self._others_serve(member):
+            return  # it died meanwhile; its restart waits for the ledger and ends with these weights
         await self._while_there(member, self.fleet.settled(member))  # a restart may have ended with the weights before
         now = member.life
         if now is not life:
@@ -201,10 +203,13 @@ class Upkeep:
     async def _repair(self, member: Member, life: Life, fault: str) -> None:
         """Have a server restarted; that takes minutes, so it is waited for only where nobody else serves meanwhile."""
         repair = self.fleet.attend(member, life, fault, is_fatal=True)
-        if any(self.fleet.can_serve(one) and not one.is_down for one in self.fleet.members if one is not member):
+        if self._others_serve(member):
             self.fleet.leave_to_itself(asyncio.ensure_future(repair))
         else:
             await self._while_there(member, repair)
+
+    def _others_serve(self, member: Member) -> bool:
+        return any(self.fleet.can_serve(one) and not one.is_down for one in self.fleet.members if one is not member)
 
     def _has_newest_at_hand(self, member: Member, life: Life) -> bool:
         """Whether its node has the newest weights, or its devices, which a new life does not know of."""
@@ -307,13 +312,13 @@ class Upkeep:
         try:
             with self.ledger.loading(self.node_of(index)) as held:  # an update may have come meanwhile
                 self.prepare(index, held)
-                member.is_stale = False
+                member.is_stale, self._has_newest[index] = False, True  # before the next update can begin
         except NoWeightsError as none:
             self._require_hope(index, fault)
             self.prepare(index)
             member.is_stale = True
+            self._has_newest[index] = True
             log.warning("%s serves again after the next weight update: %s", self.describe(index), none)
-        self._has_newest[index] = True
 
     def _require_hope(self, index: int, fault: str) -> None:
         """Raise HopelessError where a server would have no weights, and nobody else would bring the next update about."""
