@@ -25,7 +25,7 @@ from nemo_dapo.rollout import fleet as fleet_module
 from nemo_dapo.rollout import requests as requests_module
 from nemo_dapo.rollout.answers import Mixture
 from nemo_dapo.rollout.engine import VLLMEngine
-from nemo_dapo.rollout.fleet import MAX_RESTARTS, Fleet, SickError
+from nemo_dapo.rollout.fleet import MAX_FAULTS, MAX_RESTARTS, Fleet, LostServerError, SickError
 from nemo_dapo.rollout.progress import Progress
 from nemo_dapo.rollout.received import Received
 from nemo_dapo.rollout.requests import MAX_LATE, MAX_LOST, MAX_TRIES
@@ -914,6 +914,49 @@ def test_an_update_reaches_a_server_whose_restart_ended_with_the_weights_before(
         engine.update_weights(WEIGHTS, version)  # at whatever point of the restart
         assert generate(engine)
         assert server.version == str(version)
+
+
+def test_what_a_server_has_open_whose_node_got_no_weights_goes_elsewhere_at_once(start, engine_over):
+    frozen, well = start(stand.hang), start(current)
+    servers = StandInServers(frozen.url, well.url)
+    servers.servers[0].node = "there"  # nobody sends anything to it
+    engine = engine_over(servers, max_staleness=1)
+
+    async def scenario() -> Sample:
+        task = asyncio.create_task(engine.generate(PROMPT, 1, PARAMS))
+        assert await asyncio.to_thread(wait_for, lambda: frozen.requests == 1)
+        await asyncio.to_thread(engine.update_weights, WEIGHTS, 1)
+        (sample,) = await asyncio.wait_for(task, 20)  # rollout.progress_timeout is 300 s
+        return sample
+
+    assert asyncio.run(scenario()).versions == (VersionSpan(1, 0, 3),)
+    assert frozen.dropped.wait(20)
+    assert (frozen.requests, frozen.calls[-1], engine.restarts) == (1, "/pause", 0)
+    assert [engine.upkeep.fleet.state(member) for member in engine.upkeep.fleet.members] == ["stale", "serving"]
+
+
+def test_a_server_without_weights_is_asked_nothing_and_those_who_wait_are_served_once_it_has_some():
+    async def scenario() -> None:
+        restarts: list[int] = []
+        fleet = Fleet(1, 4, StandInServers(*"a"), lambda i, f: restarts.append(i))
+        member = await fleet.take(1)
+        life = member.life
+        fleet.outdate(member, "it got no weights")
+        assert life.lost.result() == "it got no weights"
+        with pytest.raises(LostServerError, match="old weights until the next update"):
+            await fleet.ready(member)
+        for _ in range(MAX_FAULTS + 1):
+            member.life.fault_at = -1.0
+            await fleet.attend(member, member.life, "not asked")
+        fleet.give(member)
+        waiting = asyncio.create_task(fleet.take(1))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        fleet.renew(member, 7)
+        assert (await asyncio.wait_for(waiting, 10)).version == 7
+        assert (await fleet.ready(member), restarts) == (member.life, [])
+
+    asyncio.run(scenario())
 
 
 # -------------------------------------------------------------------- restarts

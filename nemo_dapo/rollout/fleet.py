@@ -183,7 +183,7 @@ class Fleet:
     async def ready(self, member: Member) -> Life:
         """Wait while the server is being restarted (it is the only one then) and return its life since.
 
-        Raises LostServerError when it was given up, SickError when too few servers are left.
+        Raises LostServerError when it was given up or has no weights to serve, SickError when too few servers are left.
         """
         if member.is_down:
             repaired = asyncio.ensure_future(self.settled(member))
@@ -196,12 +196,26 @@ class Fleet:
                 raise SickError(self.too_few.result())
         if member.given_up:
             raise LostServerError(member.given_up)
+        if member.is_stale:
+            raise LostServerError("it has old weights until the next update")
         return member.life
 
     async def settled(self, member: Member) -> None:
         """Returns when whatever is done about the server at this moment is done."""
         async with member.repair:
             pass
+
+    def outdate(self, member: Member, why: str) -> None:
+        """It has old weights, and no others until the next update: what it has open is to be asked for elsewhere."""
+        member.is_stale = True
+        if not member.life.lost.done():
+            member.life.lost.set_result(why)
+            member.life = self._new_life()
+
+    def renew(self, member: Member, version: int) -> None:
+        """It has the newest weights, those of `version`."""
+        member.version, member.is_stale = version, False
+        self._serve()
 
     def served(self, member: Member) -> None:
         """A good answer: whatever the server failed at before is forgiven."""
@@ -241,10 +255,11 @@ class Fleet:
         async with member.repair:
             if member.life is not life or member.given_up:  # somebody else saw to it
                 return
-            now = time.monotonic()
+            now, ended = time.monotonic(), self._ended(member)
+            if member.is_stale and not (ended or is_fatal):
+                return  # that is no fault of its own
             if now - life.fault_at >= FAULT_SECONDS:
                 life.faults, life.fault_at = life.faults + 1, now
-            ended = self._ended(member)
             if ended or is_fatal or life.faults >= MAX_FAULTS:
                 await self._restart(member, ended or fault)
 

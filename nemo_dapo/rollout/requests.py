@@ -20,7 +20,7 @@ from nemo_dapo.config import PartialAnswers, RolloutConfig
 from nemo_dapo.rollout import answers, client, wire
 from nemo_dapo.rollout.answers import UnusableAnswerError
 from nemo_dapo.rollout.client import ServerUnavailableError
-from nemo_dapo.rollout.fleet import LostServerError, Member
+from nemo_dapo.rollout.fleet import Life, LostServerError, Member
 from nemo_dapo.rollout.progress import Counts, Progress
 from nemo_dapo.rollout.upkeep import Upkeep
 from nemo_dapo.tasks import all_or_none
@@ -123,7 +123,7 @@ class Requests:
             life = member.life
             try:
                 life = await fleet.ready(member)
-                answer = await self._try(asked, progress, member)
+                answer = await self._try(asked, progress, member, life)
                 fleet.served(member)
                 progress.finish(answer)
                 return
@@ -164,10 +164,10 @@ class Requests:
         keeps = self.config.partial_answers is PartialAnswers.keep
         return Progress(expected, keeps, self.partial, crosses=self.config.max_staleness > 0, draft=draft)
 
-    async def _try(self, asked: Asked, progress: Progress, member: Member) -> answers.Answer:
-        """One request to one server, until it answers, is lost, or `rollout.request_timeout` has passed."""
+    async def _try(self, asked: Asked, progress: Progress, member: Member, life: Life) -> answers.Answer:
+        """One request to a server in this `life`, until it answers, is lost, or `rollout.request_timeout` has passed."""
         await self.turn()
-        upkeep, life, limit, uid = self.upkeep, member.life, self.config.request_timeout, asked.prompt.uid
+        upkeep, limit, uid = self.upkeep, self.config.request_timeout, asked.prompt.uid
         kept = progress.begin(upkeep.version, is_updating=bool(upkeep.paused))
         whole = dataclasses.replace(progress.expected, oldest_version=progress.oldest_version)
         rest = dataclasses.replace(

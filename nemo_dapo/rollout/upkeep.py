@@ -190,7 +190,8 @@ class Upkeep:
         elif self.target is not None:
             fault = fault or self.ledger.fault(self.target(member.index).name)
         if not (fault or self._has_newest_at_hand(member, life)):
-            member.is_stale = True  # its node got nothing, as the log says; the next update brings it back
+            # Its node got nothing, as the log says. It stays paused; the next update brings it back.
+            self.fleet.outdate(member, f"{self.describe(member.index)} did not get weights {self.version}")
             return
         take = functools.partial(self._take, member)
         fault = fault or await self._calls.fault(member, "take the weights", take, self._calls.for_weights)
@@ -245,7 +246,7 @@ class Upkeep:
             with self.ledger.loading(self.node_of(member.index)) as held:
                 assert held is not None  # after an update
                 await push.push_weights(http, held, deadline, **options)
-        member.version, member.is_stale = held.version, False
+        self.fleet.renew(member, held.version)
 
     # ---------------------------------------------------------------- sleep
 
