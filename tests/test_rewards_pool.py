@@ -20,6 +20,7 @@ from hostile_answers import TRUTH, hostile_responses
 
 from nemo_dapo.config import RewardConfig, RewardStyle, RewardTermConfig
 from nemo_dapo.rewards.pool import RewardPool
+from nemo_dapo.rewards.pool.flow import Gate
 from nemo_dapo.rewards.shaping import score_of
 from nemo_dapo.types import Prompt, Sample, Verdict
 from tests.tiny import said, tiny_tokenizer
@@ -405,3 +406,18 @@ def test_a_tokenizer_without_a_backend_decodes_in_the_trainer_aloud(caplog: pyte
         pytest.raises(ValueError, match="without a tokenizer scores texts alone"),
     ):
         asyncio.run(pool.score(PROMPT, [sample]))
+
+
+def test_who_gives_up_while_another_thread_is_about_to_admit_him_leaves_no_place_taken() -> None:
+    """Between a ticket's admission and its result there is a moment: here the result of the one before it."""
+    gate = Gate(2)
+    gate.enter(2)
+    before, ticket, never = gate.enter(1), gate.enter(1), gate.enter(2)
+    before.add_done_callback(lambda _: gate.give_up(ticket, 1))
+    gate.leave(2)
+    gate.give_up(never, 2)
+    assert before.done()
+    last = gate.enter(2)
+    assert not last.done()
+    gate.leave(1)
+    assert last.done()

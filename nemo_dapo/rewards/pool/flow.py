@@ -117,12 +117,17 @@ class Gate:
         self._lock = threading.Lock()
 
     def enter(self, units: int) -> Future[None]:
-        """A future that resolves when `units` are admitted; cancel it to stop waiting."""
+        """A future that resolves when `units` are admitted; see `give_up`."""
         ticket: Future[None] = Future()
         with self._lock:
             self._waiting.append((units, ticket))
         self._admit()
         return ticket
+
+    def give_up(self, ticket: Future[None], units: int) -> None:
+        """Stop waiting for `ticket`, or leave where its units are admitted, or are about to be by another thread."""
+        if not ticket.cancel():
+            ticket.add_done_callback(lambda _: self.leave(units))
 
     def leave(self, units: int) -> None:
         with self._lock:

@@ -136,8 +136,7 @@ class RewardPool:
         try:
             await asyncio.wrap_future(admission)
         except asyncio.CancelledError:
-            if admission.done() and not admission.cancelled():
-                self._gate.leave(units)
+            self._gate.give_up(admission, units)
             raise
         return await asyncio.wrap_future(self._submit(prompt, responses, units).future)
 
