@@ -86,6 +86,28 @@ def test_tokens_of_older_weights_are_gone_on_with_where_groups_outlive_a_push_an
     asyncio.run(course())
 
 
+def test_what_a_server_had_sent_before_it_broke_an_answer_off_is_gone_on_with(monkeypatch: Any) -> None:
+    class Aborting(OneServer):
+        async def sample(self, http: Any, server: Any, body: bytes, expected: Expected, on_tokens: Any) -> Ending:
+            self.bodies.append(json.loads(body))
+            if len(self.bodies) == 1:
+                on_tokens(np.int32([2, 3]), np.float32([-1.0, -1.5]))
+                return Ending("abort", (VersionSpan(0, 0, 2),))
+            on_tokens(np.int32([4, 1]), np.float32([-0.25, -0.5]))
+            return Ending("stop", (VersionSpan(0, 0, 2),))
+
+    async def course() -> None:
+        server = Aborting()
+        monkeypatch.setattr(client, "sample", server.sample)
+        requests = Requests(RolloutConfig(), server, None, [1], 20)  # type: ignore[arg-type]
+        (one,) = await requests.group(requests.asked(PROMPT, PARAMS), 1)
+        assert (one.token_ids.tolist(), one.versions) == ([2, 3, 4, 1], (VersionSpan(0, 0, 4),))
+        assert server.bodies[1]["token_ids"] == [9, 9, 2, 3]
+        assert requests.partial.tokens_thrown_away == 0
+
+    asyncio.run(course())
+
+
 def test_a_group_that_is_cancelled_between_its_places_and_its_first_request_gives_them_back() -> None:
     async def course() -> int:
         fleet = Fleet(1, 4, StandInServers(*"a"), lambda index, fault: None)

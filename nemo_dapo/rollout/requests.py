@@ -46,6 +46,10 @@ class Asked:
     body: bytes
 
 
+class AbortedError(UnusableAnswerError):
+    """The server broke an answer off, as one that ends in good order does: what it had sent is as good as a dead one's."""
+
+
 class LateError(Exception):
     """A sample took longer than rollout.request_timeout."""
 
@@ -130,7 +134,8 @@ class Requests:
             except (ServerUnavailableError, LostServerError, UnusableAnswerError, LateError) as problem:
                 fault = f"{self.upkeep.describe(member.index)}: {problem}"
                 is_unusable, is_late = isinstance(problem, UnusableAnswerError), isinstance(problem, LateError)
-                progress.fail(self.upkeep.version, is_trusted=not is_unusable)
+                is_trusted = not is_unusable or isinstance(problem, AbortedError)
+                progress.fail(self.upkeep.version, is_trusted=is_trusted)
             finally:
                 fleet.give(member)
             tries, late = tries + is_unusable, late + is_late
@@ -190,7 +195,7 @@ class Requests:
                 answer = progress.join(request.result())
                 answers.check(answer, whole, upkeep.version)
                 if answer.finish_reason == "abort":
-                    raise UnusableAnswerError(f"sample of prompt {uid} was aborted by the server")
+                    raise AbortedError(f"sample of prompt {uid} was aborted by the server")
                 return answer
             if life.lost.done():
                 raise LostServerError(life.lost.result())
