@@ -572,6 +572,7 @@ def test_placements_that_contradict_themselves_are_refused_with_the_remedy(
     ("options", "said"),
     [
         ([], "set algorithm.importance_cap=2, or max_staleness=0"),
+        (["algorithm=gspo"], "gspo has no such correction: choose another loss, or max_staleness=0"),
         (["algorithm.importance_cap=2", "rollout.vllm.enable_sleep_mode=true"], "these servers sleep then"),
         (["algorithm.importance_cap=2", "rollout.placement=colocated"], "these servers sleep then"),
         (["algorithm.importance_cap=2", "rollout.replay=nowhere"], "played back step by step"),

@@ -222,7 +222,7 @@ def _check_rollout(config: RunConfig) -> Iterator[str]:
             "1.0 and -1 (evaluation has its own)"
         )
     yield from check_placement(r)
-    yield from check_staleness(r, config.algorithm.importance_cap)
+    yield from check_staleness(r, config.algorithm)
     if r.visible_devices and len(r.visible_devices) != r.num_servers:
         yield f"rollout.visible_devices has {len(r.visible_devices)} entries for num_servers={r.num_servers}; give one each"
     if r.api_key_file and not Path(r.api_key_file).is_file():

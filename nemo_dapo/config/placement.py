@@ -7,7 +7,7 @@ import socket
 import urllib.parse
 from collections.abc import Iterator
 
-from nemo_dapo.config.schema import LAST_PORT, Placement, RolloutConfig, Transport
+from nemo_dapo.config.schema import LAST_PORT, AlgorithmConfig, Placement, RolloutConfig, Transport
 
 URL = re.compile(r"https?://[^/\s]+:\d+/?")
 LISTEN = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]*):(\d{1,5})")
@@ -64,13 +64,16 @@ def _check_attached(r: RolloutConfig) -> Iterator[str]:
         yield "rollout.servers names a server twice; name each once"
 
 
-def check_staleness(r: RolloutConfig, importance_cap: float) -> Iterator[str]:
+def check_staleness(r: RolloutConfig, a: AlgorithmConfig) -> Iterator[str]:
     """What generation while the trainer updates asks of the other options."""
     if not r.max_staleness:
         return
     asked = f"rollout.max_staleness={r.max_staleness}"
-    if not importance_cap:
-        yield f"{asked} trains on tokens of older weights uncorrected; set algorithm.importance_cap=2, or max_staleness=0"
+    if not a.importance_cap:
+        remedy = (
+            "set algorithm.importance_cap=2" if a.loss != "gspo" else "gspo has no such correction: choose another loss"
+        )
+        yield f"{asked} trains on tokens of older weights uncorrected; {remedy}, or max_staleness=0"
     if r.placement is Placement.colocated or r.vllm.get("enable_sleep_mode"):
         yield (
             f"{asked} generates while the trainer updates, but these servers sleep then; give them GPUs of their own "
