@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from nemo_dapo.config import RolloutConfig
 from nemo_dapo.rollout import client
+from nemo_dapo.rollout import requests as requests_module
 from nemo_dapo.rollout.answers import Ending, Expected
 from nemo_dapo.rollout.client import ServerUnavailableError
 from nemo_dapo.rollout.fleet import Fleet, Life
@@ -125,3 +127,70 @@ def test_a_group_that_is_cancelled_between_its_places_and_its_first_request_give
         return member.load
 
     assert asyncio.run(course()) == 0
+
+
+class Unsteady:
+    """Groups of 1 to 4 samples on a few servers that fail, die and miss updates; half of the groups are cancelled."""
+
+    def __init__(self, seed: int, monkeypatch: Any) -> None:
+        self.random = random.Random(seed)
+        self.servers = StandInServers(*"abc"[: self.random.randint(1, 3)])
+        self.servers.cures = {index: lambda: None for index in range(len(self.servers))}
+        size = len(self.servers)
+        self.fleet = Fleet(size, self.random.choice([2, 4, 9]), self.servers, lambda i, _: self.servers.restart(i))
+        upkeep = SimpleNamespace(fleet=self.fleet, version=0, paused=[], asked=[None] * size, describe=str)
+        self.requests = Requests(RolloutConfig(max_staleness=1), upkeep, None, [1], 20)  # type: ignore[arg-type]
+        monkeypatch.setattr(client, "sample", self.sample)
+
+    async def sample(self, http: Any, server: Any, body: bytes, expected: Expected, on_tokens: Any) -> Ending:
+        await self.turns(6)
+        draw = self.random.random()
+        if draw < 0.2:
+            self.servers.dead |= {self.random.randrange(len(self.servers))} if draw < 0.05 else set()
+            raise ServerUnavailableError("gone")
+        on_tokens(np.int32([4, 1]), np.float32([-0.25, -0.5]))
+        return Ending("stop", (VersionSpan(0, 0, 2),))
+
+    async def turns(self, most: int) -> None:
+        for _ in range(self.random.randint(0, most)):
+            await asyncio.sleep(0)
+
+    def miss_or_take_an_update(self) -> None:
+        """One server misses it where another serves; those that missed the one before may have this one."""
+        member = self.random.choice(self.fleet.members)
+        if self.random.random() < 0.1 and not member.is_down and sum(map(self.fleet.can_serve, self.fleet.members)) > 1:
+            self.fleet.outdate(member, "it got no weights")
+        if self.random.random() < 0.2:
+            self.take_an_update()
+
+    def take_an_update(self) -> None:
+        for member in self.fleet.members:
+            self.fleet.renew(member, 0)
+
+    async def course(self) -> None:
+        groups = []
+        for _ in range(25):
+            size = self.random.randint(1, 4)
+            groups.append(asyncio.create_task(self.requests.group(self.requests.asked(PROMPT, PARAMS), size)))
+            await self.turns(3)
+            if self.random.random() < 0.5:
+                self.random.choice(groups).cancel()
+            self.miss_or_take_an_update()
+        self.take_an_update()
+        _, stuck = await asyncio.wait(groups, timeout=20)
+        assert not stuck
+        assert all(place.done() for _, place in self.fleet.waiters)
+        assert [member.load for member in self.fleet.members] == [0] * len(self.servers)
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_whatever_fails_and_is_cancelled_no_group_is_stuck_and_no_place_stays_taken(
+    part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests_module, "FIRST_BACKOFF_SECONDS", 0.0)
+
+    async def course(seed: int) -> None:
+        await Unsteady(seed, monkeypatch).course()
+
+    for seed in range(part * 10, part * 10 + 10):
+        asyncio.run(course(seed))
