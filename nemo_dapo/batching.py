@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_dapo.types import Group, Sample, TrainBatch
+from nemo_dapo.types import Group, Sample, TrainBatch, VersionSpan
 
 
 @dataclass
@@ -55,6 +55,7 @@ class MicroBatch:
     where: Tensor  # [T] int64: which token of the TrainBatch targets[t] is; -1 where the mask is 0
     origin: Tensor  # [T] int64: which token of the TrainBatch tokens[t] is; -1 where it fills the pack up
     routes: Tensor | None  # [T, L, K] uint8 or int32: the experts that tokens[t] goes to in each layer; None: any
+    newest: Tensor | None  # [T] bool: 0 where the mask is, else whether targets[t] is newest; None: all are
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """A copy whose tensors lie on `device`."""
@@ -64,11 +65,20 @@ class MicroBatch:
         return dataclasses.replace(self, **moved)
 
 
-def make_batch(groups: Sequence[Group], advantages: Tensor, *, overlong_filter: bool = False) -> TrainBatch:
+def make_batch(
+    groups: Sequence[Group],
+    advantages: Tensor,
+    *,
+    overlong_filter: bool = False,
+    version: int | None = None,
+    keeps_cache: bool = False,
+) -> TrainBatch:
     """Concatenate prompts and responses of `groups`; `advantages` [N, G] as Eq. 9 gives them.
 
     Under `overlong_filter` (DAPO, section 3.4) a truncated response is left out: its prompt stands alone and adds
     nothing to the loss, nor to the tokens that divide it. It still counts in its group's advantages.
+    `version` is that of the weights that the step trains from, None where no token can be of others; `keeps_cache` says
+    that servers go on behind a push with what older weights had cached.
     """
     samples = [(group.prompt, sample) for group in groups for sample in group.samples]
     kept = [0 if overlong_filter and sample.truncated else len(sample.token_ids) for _, sample in samples]
@@ -83,7 +93,32 @@ def make_batch(groups: Sequence[Group], advantages: Tensor, *, overlong_filter: 
         ids[response:at] = sample.token_ids[:length]
         values[response:at] = sample.logprobs[:length]
     scores, routes = advantages.flatten().to(torch.float32), _joined_routes([sample for _, sample in samples], lengths)
-    return TrainBatch(torch.from_numpy(ids), lengths, prompt_lengths, torch.from_numpy(values), scores, routes=routes)
+    batch = TrainBatch(torch.from_numpy(ids), lengths, prompt_lengths, torch.from_numpy(values), scores, routes=routes)
+    if version is not None:
+        batch.newest = _newest(batch, [sample for _, sample in samples], version, keeps_cache=keeps_cache)
+    return batch
+
+
+def _newest(batch: TrainBatch, samples: Sequence[Sample], version: int, *, keeps_cache: bool) -> Tensor | None:
+    """`TrainBatch.newest` [T]: None where it holds of every response token."""
+    newest = torch.zeros(batch.tokens.numel(), dtype=torch.bool)
+    ends = batch.lengths.cumsum(0)
+    starts = ends - batch.lengths + batch.prompt_lengths
+    for sample, start, end in zip(samples, starts.tolist(), ends.tolist(), strict=True):
+        for span in _spans_of(sample, version, keeps_cache=keeps_cache):
+            newest[start + span.start : min(start + span.end, end)] = True
+    return None if int(newest.sum()) == batch.num_response_tokens else newest
+
+
+def _spans_of(sample: Sample, version: int, *, keeps_cache: bool) -> Iterator[VersionSpan]:
+    """The response tokens that weights `version`, and no older ones, gave their log-probabilities.
+
+    Behind a push a server that `keeps_cache` attends to older weights' keys and values: there a response must have begun
+    under `version`.
+    """
+    if keeps_cache and any(span.version != version for span in sample.versions):
+        return
+    yield from (span for span in sample.versions if span.version == version)
 
 
 def _joined_routes(samples: Sequence[Sample], lengths: Tensor) -> Tensor | None:
@@ -235,6 +270,7 @@ def pack(
         where=where,
         origin=origin,
         routes=None if batch.routes is None else _routes(batch.routes, origin),
+        newest=None if batch.newest is None else gathered(batch.newest, where),
     )
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from nemo_dapo.algorithm import group_advantages, overlong_penalty
 from nemo_dapo.batching import make_batch
 from nemo_dapo.collected import Collected, token_ages
-from nemo_dapo.config import RunConfig
+from nemo_dapo.config import InflightCache, RunConfig
 from nemo_dapo.data.loader import PromptLoader
 from nemo_dapo.detokenizer import Decode
 from nemo_dapo.evaluation import EvaluationResult, evaluate
@@ -89,9 +89,7 @@ class Controller:
                 collected = await self._where_groups_are(lambda: self._collect(wanted))
         advantages = self._advantages(self._rewards(collected.groups))
         await asyncio.to_thread(self._dump, step, collected)  # decoding and compressing take seconds
-        overlong_filter = self.config.algorithm.overlong_filter
-        # a gigabyte to copy
-        batch = await asyncio.to_thread(make_batch, collected.groups, advantages, overlong_filter=overlong_filter)
+        batch = await asyncio.to_thread(self._batch, step, collected.groups, advantages)  # a gigabyte to copy
         return Rollout(batch, collected.groups, self._metrics(step, collected))
 
     async def _collect(self, wanted: int) -> Collected:
@@ -118,6 +116,16 @@ class Controller:
             max_length=self.config.rollout.max_response_length,
             buffer=overlong.buffer,
             factor=overlong.factor,
+        )
+
+    def _batch(self, step: int, groups: Sequence[Group], advantages: torch.Tensor) -> TrainBatch:
+        rollout = self.config.rollout
+        return make_batch(
+            groups,
+            advantages,
+            overlong_filter=self.config.algorithm.overlong_filter,
+            version=step - 1 if rollout.max_staleness else None,  # without a window all tokens are of these weights
+            keeps_cache=rollout.inflight_cache is InflightCache.keep,
         )
 
     def _metrics(self, step: int, collected: Collected) -> dict[str, float]:

@@ -150,7 +150,7 @@ def share_batch(
 
     lengths, prompt_lengths = share("lengths", torch.int64), share("prompt_lengths", torch.int64)
     advantages = share("advantages", torch.float32)
-    routed = _share_kind_of_routes(None if batch is None else batch.routes, group)
+    kinds = _share_kinds(batch, group)
     owner = owners(lengths)
     rank = dist.get_rank()
     # The others' parts first: rank 0's own replica waits for nobody else.
@@ -161,15 +161,25 @@ def share_batch(
         held = owner == replica
         size = int((lengths * held).sum())
         if batch is None:
-            tokens, logprobs = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.float32)
-            routes = None if routed is None else routed.new_empty(size, *routed.shape[1:])
+            here = {name: kind.new_empty(size, *kind.shape[1:]) for name, kind in kinds.items()}
         else:
             part = batch.select(held.nonzero().flatten())
-            tokens, logprobs, routes = part.tokens, part.rollout_logprobs, part.routes
-        for values in (tokens, logprobs, routes):
-            if size and values is not None:
+            here = {name: getattr(part, name) for name in kinds}
+        for values in here.values():
+            if size:
                 _pass_on(values, ranks, group)
-    return TrainBatch(tokens, lengths, prompt_lengths, logprobs, advantages, held, routes)
+    return TrainBatch(lengths=lengths, prompt_lengths=prompt_lengths, advantages=advantages, held=held, **here)
+
+
+def _share_kinds(batch: TrainBatch | None, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    """On every rank the names of what rank 0's batch has of each token, with empty tensors of their kinds."""
+    kinds = {"tokens": torch.empty(0, dtype=torch.int32), "rollout_logprobs": torch.empty(0, dtype=torch.float32)}
+    routes = _share_kind_of_routes(None if batch is None else batch.routes, group)
+    if routes is not None:
+        kinds["routes"] = routes
+    if share_number(int(batch is not None and batch.newest is not None), group):
+        kinds["newest"] = torch.empty(0, dtype=torch.bool)
+    return kinds
 
 
 def _share_kind_of_routes(routes: Tensor | None, group: dist.ProcessGroup | None) -> Tensor | None:

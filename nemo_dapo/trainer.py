@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from nemo_dapo.coordination import (
 )
 from nemo_dapo.interfaces import NonFiniteGradientError, Policy
 from nemo_dapo.losses import load_loss_fn
+from nemo_dapo.parity import Parity
 from nemo_dapo.phase import Phase
 from nemo_dapo.rollout.command import DTYPES
 from nemo_dapo.rollout.host import node_name
@@ -108,7 +108,7 @@ class DAPOTrainer:
         self.saves = Saves(config, self.checkpoints, group, last=resumed or 0)
         self.loss_fn = load_loss_fn(config.algorithm)
         self.progress = Progress()
-        self.parity_checked = False
+        self.parity = Parity(config.rollout.max_logprob_gap, group)
         self.record: dict[str, Metric] = {}
 
     def fit(self) -> None:
@@ -171,50 +171,24 @@ class DAPOTrainer:
         if not batch.num_sequences:
             return None, None
         minibatches = self.minibatches(batch.num_sequences)
+        judges = self.parity.can_judge(batch)
         with self.timed("logprobs"):
             old = reference = None
-            if scored := self.scored_before_updates(batch, minibatches):
+            if scored := self.scored_before_updates(batch, minibatches, judges):
                 old = self.policy.logprobs(batch, scored)
-            if old is not None and not self.parity_checked:
-                self.check_parity(batch, old)
+            if judges and old is not None:
+                self.parity.judge(batch, old)
             if self.config.algorithm.kl_coeff:
                 reference = self.policy.reference_logprobs(batch, minibatches)
         return old, reference
 
-    def scored_before_updates(self, batch: TrainBatch, minibatches: list[Tensor]) -> list[Tensor]:
+    def scored_before_updates(self, batch: TrainBatch, minibatches: list[Tensor], judges: bool) -> list[Tensor]:
         """Those whose log-probabilities theta_old must give in advance: all but the first, whose update scores them itself.
 
-        All of them where the pair is yet to be checked, or where that pass records the routes that updates are to follow.
+        All of them where the batch `judges` the pair, or where that pass records the routes that updates are to follow.
         """
         records_routes = self.config.model.replay_routes and batch.routes is None
-        return minibatches if records_routes or not self.parity_checked else minibatches[1:]
-
-    def check_parity(self, batch: TrainBatch, old_logprobs: Tensor) -> None:
-        """Compare with vLLM's log-probabilities of the same tokens and weights; refuse to start on a broken pair.
-
-        Raises RuntimeError when their mean absolute difference (nats) in the first step exceeds rollout.max_logprob_gap.
-        """
-        gap = self.logprob_gap(batch, old_logprobs)
-        limit = self.config.rollout.max_logprob_gap
-        # A resumed window brings answers of older weights, which differ by what was learned since.
-        has_older = self.config.rollout.max_staleness > 0 and self.progress.rollout_steps > 0
-        if not gap <= (math.inf if has_older else limit):  # NaN too
-            error = RuntimeError(
-                f"trainer and vLLM disagree on the log-probabilities of the same tokens by {gap:.2g} nats on average, "
-                f"expected at most rollout.max_logprob_gap={limit}: training on this pair would follow noise. Compare the "
-                "precision of both (model.precision, the server log; FP8 on one side alone), try "
-                "rollout.vllm.enforce_eager=true, or raise the limit, as a mixture of experts may need: each side routes "
-                "some tokens otherwise"
-            )
-            raise found_alike(error)
-        self.parity_checked = True
-
-    def logprob_gap(self, batch: TrainBatch, old_logprobs: Tensor) -> float:
-        """Their mean absolute difference in nats over all ranks' tokens."""
-        mismatch = (old_logprobs - batch.rollout_logprobs).abs()
-        held = int((batch.held_lengths - batch.prompt_lengths).clamp(min=0).sum())
-        # Each replica is counted as often as it has ranks, numerator and denominator alike.
-        return merge_across_ranks({"gap": Mean(float(mismatch.sum()), held)}, self.group)["gap"].value
+        return minibatches if records_routes or judges else minibatches[1:]
 
     def update(
         self, batch: TrainBatch, chosen: Tensor, logprobs: tuple[Tensor | None, Tensor | None], uids: list[str]
@@ -375,17 +349,9 @@ class DAPOTrainer:
         record, self.record = values(self.record | memory), {}
         if self.controller is None:
             return
-        if "train/gap" in record:
-            self.report_gap(record)
+        self.parity.report(record)
         counters = {f"progress/{name}": float(value) for name, value in asdict(self.progress).items()}
         self.controller.record(self.progress.rollout_steps, record | counters)
-
-    def report_gap(self, record: dict[str, float]) -> None:
-        """What the step's updates found on all their tokens, by the rollout's name for it; warn where it grew."""
-        gap, limit = record["train/gap"], self.config.rollout.max_logprob_gap
-        record |= {"rollout/logprob_gap": gap, "rollout/logprob_gap_max": record["train/gap_max"]}
-        if not gap <= limit and not self.config.rollout.max_staleness:  # older weights differ by what was learned since
-            log.warning("trainer and vLLM differ by %.2g nats a token, above rollout.max_logprob_gap=%g", gap, limit)
 
     def add(self, name: str, metric: Metric) -> None:
         """Merge `metric` into the step's record, by its type."""

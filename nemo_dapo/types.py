@@ -192,6 +192,8 @@ class TrainBatch:
         held              1, 1                       [B]  bool; None: all
         routes            the experts of tokens[t]   [T, L, K]  uint8 or int32, of the L layers that have any, or of all;
                                                                 None: unknown
+        newest            0 0 0 0 1 | 0 0 1 1 1      [T]  bool, whether the weights that this step trains from, and no older
+                                                          ones, sampled tokens[t] of a response; None: all of them
     """
 
     tokens: Tensor
@@ -201,6 +203,7 @@ class TrainBatch:
     advantages: Tensor
     held: Tensor | None = None
     routes: Tensor | None = None
+    newest: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -241,4 +244,5 @@ class TrainBatch:
             advantages=self.advantages[indices],
             held=None if self.held is None else self.held[indices],
             routes=None if self.routes is None else torch.cat([self.routes[span] for span in spans]),
+            newest=None if self.newest is None else torch.cat([self.newest[span] for span in spans]),
         )

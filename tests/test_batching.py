@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from nemo_dapo.batching import (
     plan_minibatches,
     scatter_logprobs,
 )
-from nemo_dapo.types import Group, Prompt, Sample, TrainBatch, Verdict
+from nemo_dapo.megatron.context_parallel import slice_microbatch
+from nemo_dapo.types import Group, Prompt, Sample, TrainBatch, Verdict, VersionSpan
 
 
 def batch_of(lengths: list[int], prompt_lengths: list[int]) -> TrainBatch:
@@ -57,6 +59,52 @@ def test_a_batch_lays_prompts_and_responses_back_to_back() -> None:
     )
     assert batch.advantages.tolist() == [1.0, -1.0, 2.0, -2.0]
     assert batch.num_response_tokens == 6
+
+
+def of_versions(*spans: tuple[int, int, int], size: int = 4, reason: str = "stop") -> tuple[Prompt, Sample]:
+    """`size` response tokens behind a prompt of two."""
+    versions = tuple(VersionSpan(*span) for span in spans)
+    sample = Sample(range(size), [-1.0] * size, reason, versions)  # type: ignore[arg-type]
+    return Prompt(str(spans), (8, 9), "", ""), sample
+
+
+def newest_of(*pairs: tuple[Prompt, Sample], **options: Any) -> list[list[int]] | None:
+    """Of each sequence, trained on from version 7: which of its tokens are newest."""
+    groups = [Group(prompt, (sample,), (Verdict(True),)) for prompt, sample in pairs]
+    batch = make_batch(groups, torch.zeros(len(groups), 1), version=7, **options)
+    if batch.newest is None:
+        return None
+    assert batch.newest.dtype == torch.bool
+    assert batch.newest.shape == batch.tokens.shape
+    return [one.nonzero().flatten().tolist() for one in batch.newest.split(batch.lengths.tolist())]
+
+
+MIXED = of_versions((5, 0, 1), (6, 1, 2), (7, 2, 4))
+OLD, NEW, UNKNOWN = of_versions((6, 0, 4)), of_versions((7, 0, 3), size=3), of_versions()
+
+
+def test_the_newest_tokens_are_those_of_the_weights_that_the_step_trains_from() -> None:
+    assert newest_of(NEW, MIXED, OLD, UNKNOWN, NEW) == [[2, 3, 4], [4, 5], [], [], [2, 3, 4]]
+    assert newest_of(UNKNOWN) == [[]]
+
+
+def test_tokens_behind_a_push_that_read_what_older_weights_had_cached_are_not_newest() -> None:
+    assert newest_of(NEW, MIXED, OLD, UNKNOWN, keeps_cache=True) == [[2, 3, 4], [], [], []]
+
+
+def test_a_batch_of_newest_tokens_alone_says_nothing_of_each() -> None:
+    assert newest_of(NEW, NEW) is None
+    prompt, sample = MIXED
+    assert (
+        make_batch([Group(prompt, (sample,), (Verdict(True),))], torch.zeros(1, 1)).newest is None
+    )  # without a window
+
+
+def test_a_response_that_was_filtered_has_no_newest_tokens() -> None:
+    cut = of_versions((7, 0, 4), reason="length")
+    assert newest_of(cut, OLD) == [[2, 3, 4, 5], []]
+    assert newest_of(cut, OLD, overlong_filter=True) == [[], []]
+    assert newest_of(of_versions((6, 0, 4), reason="length"), NEW, overlong_filter=True) is None
 
 
 # ------------------------------------------------------------------ pack
@@ -142,6 +190,26 @@ def test_routes_lie_as_tokens_do_and_filling_goes_to_experts_that_differ() -> No
     assert micro.routes.dtype == torch.uint8
 
 
+def test_newest_lies_as_the_log_probabilities_of_targets_do_and_is_cut_like_them() -> None:
+    batch = batch_of([4, 3], [1, 1])
+    batch.newest = torch.tensor(
+        [False, True, False, True, False, False, True]
+    )  # r0 and r2 of the first, r1 of the second
+    micro = pack(batch.select(torch.tensor([1, 0])), [1, 0], sequence_multiple=4, multiple_of=12)
+    assert micro.newest is not None
+    assert micro.newest.tolist() == [True, False, True, False, False, True] + [False] * 6
+    assert micro.rollout_logprobs[micro.newest].tolist() == [-1, -3, -6]
+    # Two context-parallel ranks of four chunks a sequence: the first has the chunks 0 and 3, the other 1 and 2.
+    ours, theirs = (slice_microbatch(micro, 2, rank) for rank in range(2))
+    assert ours.newest is not None
+    assert theirs.newest is not None
+    assert ours.rollout_logprobs[ours.newest].tolist() == [-1]
+    assert theirs.rollout_logprobs[theirs.newest].tolist() == [-3, -6]
+    empty = pack(batch, [], multiple_of=2)
+    assert empty.newest is not None
+    assert empty.newest.tolist() == [False, False]
+
+
 @pytest.mark.parametrize(("multiple", "tail"), [(1, 0), (2, 1), (7, 0), (8, 1), (5, 3)])
 def test_the_tail_fills_a_pack_to_a_multiple(multiple: int, tail: int) -> None:
     micro = pack(batch_of([4, 3], [2, 1]), [0, 1], multiple_of=multiple)
@@ -166,6 +234,7 @@ def test_a_moved_micro_batch_keeps_its_values() -> None:
     assert torch.equal(moved.tokens, micro.tokens)
     assert moved.max_seqlen == 4
     assert moved.old_logprobs is None
+    assert moved.newest is None
 
 
 # ------------------------------------------------------------------ plan_microbatches

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nemo_dapo import coordination
 from nemo_dapo.coordination import LeaderFailedError, found_alike, lead, share_batch, share_number
+from nemo_dapo.parity import Parity
 from nemo_dapo.types import TrainBatch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -36,6 +37,7 @@ def batch_of(lengths: list[int], prompt_lengths: list[int]) -> TrainBatch:
         rollout_logprobs=-torch.arange(tokens, dtype=torch.float32) / 7,
         advantages=torch.linspace(-1, 1, len(lengths)),
         routes=routes_of(tokens) if len(lengths) != 1 else None,  # with experts, and without
+        newest=torch.arange(tokens) % 3 == 1 if len(lengths) != 2 else None,  # with older tokens, and without
     )
 
 
@@ -66,11 +68,32 @@ def _shares_batches(rank: int, group: dist.ProcessGroup) -> object:
     ]
 
 
+def _judges_a_pair(rank: int, group: dist.ProcessGroup) -> object:
+    """Of two replicas the second alone holds newest tokens, an eighth of a nat apart; the others are one apart."""
+    batch = batch_of([5, 5], [3, 2]) if rank == 0 else None
+    if batch is not None:
+        batch.newest = torch.arange(10) >= 8  # the last two of the odd sequence
+        batch.rollout_logprobs[batch.newest.logical_not()] = -1.0
+    mine = share_batch(batch, group, [0, 1], _odd_ones_to_the_second)
+    assert mine.newest is not None
+    scores = torch.where(mine.newest, mine.rollout_logprobs + 0.125, 0.0)
+    found: list[object] = []
+    for limit in (0.25, 0.1):
+        pair = Parity(limit, group)
+        found.append(pair.can_judge(mine))
+        try:
+            pair.judge(mine, scores)
+            found.append(pair.can_judge(mine))
+        except RuntimeError as error:
+            found.append(str(error))
+    return found
+
+
 def _odd_ones_to_the_second(lengths: Tensor) -> Tensor:
     return torch.arange(lengths.numel()) % 2
 
 
-BATCHES: list[tuple[list[int], list[int]]] = [([5, 5, 3], [3, 2, 1]), ([2], [1]), ([], [])]
+BATCHES: list[tuple[list[int], list[int]]] = [([5, 5, 3], [3, 2, 1]), ([4, 2], [1, 1]), ([2], [1]), ([], [])]
 
 
 async def _die() -> None:
@@ -178,9 +201,17 @@ def test_a_batch_arrives_as_it_was_sent_at_the_ranks_that_train_on_it(tmp_path: 
                 assert_same(getattr(received, name), getattr(part, name))
             for name in ("lengths", "prompt_lengths", "advantages"):
                 assert_same(getattr(received, name), getattr(batch, name))
-            assert (received.routes is None) == (batch.routes is None)
-            if batch.routes is not None:
-                assert_same(received.routes, part.routes)
+            for name in ("routes", "newest"):
+                assert (getattr(received, name) is None) == (getattr(batch, name) is None)
+                if getattr(batch, name) is not None:
+                    assert_same(getattr(received, name), getattr(part, name))
+
+
+def test_ranks_judge_a_pair_together_by_the_newest_tokens_that_any_of_them_holds(tmp_path: Path) -> None:
+    leader, follower = run(_judges_a_pair, tmp_path)
+    assert leader[:3] == follower[:3] == [True, False, True]
+    assert "by 0.12 nats on average, expected at most rollout.max_logprob_gap=0.1" in leader[3]
+    assert follower[3] == f"as rank 0 says: {leader[3]}"
 
 
 def assert_same(value: Tensor, expected: Tensor) -> None:

@@ -23,7 +23,7 @@ from nemo_dapo.batching import MicroBatch, pack
 from nemo_dapo.config import AlgorithmConfig, SequenceRatio
 from nemo_dapo.losses import LOSSES, importance, load_loss_fn
 from nemo_dapo.mismatch import Mismatch
-from nemo_dapo.telemetry.metrics import EffectiveShare, Max
+from nemo_dapo.telemetry.metrics import EffectiveShare, Max, Mean
 from nemo_dapo.types import TrainBatch
 
 OLD = torch.tensor([-1.0, -2.0, -0.5])
@@ -223,8 +223,23 @@ def test_the_mismatch_by_hand() -> None:
     logs = [math.log(ratio) for ratio in MIXED]
     close(found["gap"], sum(map(abs, logs)) / 3)
     close(found["gap_max"], math.log(3))
+    assert (found["gap_newest"], found["gap_newest_max"]) == (found["gap"], found["gap_max"])  # all are
     close(found["gap_kl"], sum(ratio - 1 - log for ratio, log in zip(MIXED, logs, strict=True)) / 3)
     close(found["effective_sample_size"], 5.5**2 / (3 * (4 + 0.25 + 9)))
+
+
+def test_the_newest_tokens_have_a_gap_of_their_own() -> None:
+    micro = micro_batch(MIXED)
+    assert micro.newest is None
+    micro.newest = torch.zeros_like(micro.mask)
+    micro.newest[micro.mask.nonzero()[:2]] = True  # those of ratio 2 and 0.5; what stands elsewhere is NaN
+    found, logs = measured([micro]), [math.log(ratio) for ratio in MIXED]
+    close(found["gap"], sum(map(abs, logs)) / 3)
+    close(found["gap_max"], math.log(3))
+    close(found["gap_newest"], math.log(2))
+    close(found["gap_newest_max"], math.log(2))
+    micro.newest[:] = False
+    assert measured([micro]).keys() == found.keys() - {"gap_newest", "gap_newest_max"}  # of no tokens there is none
 
 
 def test_the_mismatch_does_not_depend_on_micro_batches() -> None:
@@ -235,19 +250,28 @@ def test_the_mismatch_does_not_depend_on_micro_batches() -> None:
         prompt_lengths=torch.tensor([1, 2, 1, 3]),
         rollout_logprobs=torch.linspace(-3.0, -1.0, 18),
         advantages=torch.ones(4),
+        newest=torch.arange(18) % 5 < 2,
     )
     old = torch.linspace(-2.0, -1.5, 18)
     whole = measured([pack(batch, range(4), old_logprobs=old)])
+    newest = [t for t in (1, 2, 5, 6, 7, 9, 10, 11, 15, 16, 17) if t % 5 < 2]  # responses' tokens
+    apart = (old - batch.rollout_logprobs).abs()
+    close(whole["gap_newest"], float(apart[newest].mean()))
+    assert whole["gap_newest"] < 0.95 * whole["gap"]
     assert whole["effective_sample_size"] < 0.999  # else every share is one, and equal
     for cuts in ([0, 1, 4], [0, 2, 2, 3, 4]):
-        close(measured([pack(batch, range(a, b), old_logprobs=old) for a, b in pairwise(cuts)]), whole)
+        packs = [pack(batch, range(a, b), old_logprobs=old) for a, b in pairwise(cuts)]
+        close(measured(packs), whole)
 
 
 def test_a_rank_that_repeats_another_s_tokens_counts_none() -> None:
     mismatch, micro = Mismatch(), micro_batch(MIXED)
     assert micro.old_logprobs is not None
     mismatch.see(micro.old_logprobs, micro)
-    theirs = {dist.ReduceOp.SUM: torch.tensor([3.0, 1.0, 6.0, 12.0, 4.0]), dist.ReduceOp.MAX: torch.tensor(2.0)}
+    theirs = {
+        dist.ReduceOp.SUM: torch.tensor([3.0, 1.0, 6.0, 12.0, 4.0, 0.5, 2.0]),
+        dist.ReduceOp.MAX: torch.tensor([2.0, 0.375]),
+    }
 
     def reduce(host: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         assert not host.any()
@@ -255,6 +279,7 @@ def test_a_rank_that_repeats_another_s_tokens_counts_none() -> None:
 
     found = mismatch.metrics(reduce, counts=False)
     assert found["gap_max"] == Max(2.0)
+    assert (found["gap_newest"], found["gap_newest_max"]) == (Mean(0.5, 2.0), Max(0.375))
     assert found["effective_sample_size"] == EffectiveShare(6.0, 12.0, 4.0)
     assert found["effective_sample_size"].value == 36 / 48
     mismatch.clear()

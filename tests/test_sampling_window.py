@@ -12,15 +12,25 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from nemo_dapo import checkpoint, window_file
 from nemo_dapo.collected import Collected, DropReason, token_ages
-from nemo_dapo.config import AlgorithmConfig, EvaluationConfig, ModelConfig, RolloutConfig, RunConfig, TrainerConfig
+from nemo_dapo.config import (
+    AlgorithmConfig,
+    EvaluationConfig,
+    InflightCache,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainerConfig,
+)
 from nemo_dapo.controller import Controller
 from nemo_dapo.data.curriculum import Curriculum
 from nemo_dapo.sampling import GroupSampler
@@ -38,7 +48,7 @@ from nemo_dapo.types import (
     VersionSpan,
 )
 from tests.test_sampling import Engine, G, Loader, dropped, indices, make, random_latency, run, scripted
-from tests.test_trainer import Stub, model_folder
+from tests.test_trainer import OLDER_GAP, Stub, model_folder
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = scripted("wkkrrkwrkwwkr")
@@ -362,6 +372,24 @@ def test_the_ages_of_tokens_are_counted_from_the_weights_that_train_on_them() ->
     assert token_ages([dataclasses.replace(group, samples=(Sample((1,), (0.0,), "stop"),))], 5) == {}
 
 
+@pytest.mark.parametrize(
+    ("m", "cache", "newest"),
+    [
+        (0, InflightCache.keep, None),
+        (1, InflightCache.recompute, [False] * 3 + [True] * 6),
+        (1, InflightCache.keep, [False] * 9),
+    ],
+)
+def test_a_batch_of_a_window_tells_which_tokens_the_weights_sampled_that_train_on_them(
+    m: int, cache: InflightCache, newest: list[bool] | None
+) -> None:
+    spans = (VersionSpan(3, 0, 2), VersionSpan(5, 2, 8))
+    group = Group(Prompt("u", (1,), "", ""), (Sample((1,) * 8, (0.0,) * 8, "stop", spans),), (Verdict(True),))
+    controller: Any = SimpleNamespace(config=RunConfig(rollout=RolloutConfig(max_staleness=m, inflight_cache=cache)))
+    batch = Controller._batch(controller, 6, [group], torch.zeros(1, 1))
+    assert (batch.newest if batch.newest is None else batch.newest.tolist()) == newest
+
+
 # ------------------------------------------------------------------ through the trainer
 
 
@@ -472,6 +500,10 @@ def test_the_trainer_updates_while_groups_are_sampled_and_no_token_is_older_than
     run = trained(tmp_path, 2, max_steps=6)
     assert sum(run.stub.meanwhile) > 4
     assert max(record["rollout/age_max"] for record in run.records) in (1.0, 2.0)
+    for record in run.records:  # the pair is judged by the newest tokens alone, which the stub scores alike
+        newest = record["rollout/age_0"]
+        assert record["train/gap"] == pytest.approx(OLDER_GAP * (1 - newest), abs=1e-6)
+        assert record.get("rollout/logprob_gap") == (0.0 if newest else None)
     assert all(record["rollout/groups_kept"] == 2 for record in run.records)
     assert len(set(run.stub.asked)) == len(run.stub.asked)
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from nemo_dapo import checkpoint
 from nemo_dapo import trainer as trainer_module
-from nemo_dapo.batching import make_batch
+from nemo_dapo.batching import make_batch, pack
 from nemo_dapo.checkpoint import CheckpointError
 from nemo_dapo.config import (
     AlgorithmConfig,
@@ -39,16 +39,18 @@ from nemo_dapo.config import (
 )
 from nemo_dapo.controller import Rollout
 from nemo_dapo.interfaces import NonFiniteGradientError
+from nemo_dapo.mismatch import Mismatch
 from nemo_dapo.rollout.host import node_name
 from nemo_dapo.rollout.weights import direct
 from nemo_dapo.rollout.weights.plan import Seat, Sent, UpdatePlan
 from nemo_dapo.stages import check_order
-from nemo_dapo.telemetry.metrics import Max, Mean
+from nemo_dapo.telemetry.metrics import Mean
 from nemo_dapo.trainer import DAPOTrainer
-from nemo_dapo.types import Group, Prompt, Sample, Stage, Verdict
+from nemo_dapo.types import Group, Prompt, Sample, Stage, TrainBatch, Verdict, VersionSpan
 from tests.stand_in_devices import HostMemory
 
 N, G, R = 2, 2, 3  # prompts, samples a prompt, response tokens
+OLDER_GAP = 0.01  # what a step has learned, in nats a token; rollout.max_logprob_gap is a tenth of it
 
 
 @pytest.fixture(autouse=True)
@@ -58,13 +60,14 @@ def _one_rank(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def rollout_of(uids: list[str]) -> Rollout:
-    sample = Sample((5, 6, 1), (-0.5,) * R, "stop")
+def rollout_of(uids: list[str], reason: str = "stop", spans: tuple[VersionSpan, ...] = (), **options: Any) -> Rollout:
+    sample = Sample((5, 6, 1), (-0.5,) * R, reason, spans)
     groups = tuple(
         Group(Prompt(uid, (3, 4), "", ""), (sample,) * G, (Verdict(True), Verdict(False)), i)
         for i, uid in enumerate(uids)
     )
-    return Rollout(make_batch(groups, torch.tensor([[1.0, -1.0]] * len(uids))), groups, {"rollout/accuracy": 0.5})
+    batch = make_batch(groups, torch.tensor([[1.0, -1.0]] * len(uids)), **options)
+    return Rollout(batch, groups, {"rollout/accuracy": 0.5})
 
 
 @dataclass
@@ -142,10 +145,18 @@ class Stub:
 
     def logprobs(self, batch: Any, minibatches: Any) -> torch.Tensor:
         self.calls.append("logprobs")
-        self.scored.append(torch.cat(list(minibatches)).tolist())
-        scores = torch.zeros_like(batch.rollout_logprobs)
-        scores[batch.token_indices(torch.cat(list(minibatches)))] = self.gap - 0.5
-        return torch.where(batch.rollout_logprobs == 0, 0.0, scores)
+        chosen = torch.cat(list(minibatches))
+        self.scored.append(chosen.tolist())
+        scores, tokens = torch.zeros_like(batch.rollout_logprobs), batch.token_indices(chosen)
+        scores[tokens] = self.scores(batch)[tokens]
+        return scores
+
+    def scores(self, batch: TrainBatch) -> torch.Tensor:
+        """[T] the trainer's: `gap` above the newest weights', and OLDER_GAP above those of older ones."""
+        apart = torch.full_like(batch.rollout_logprobs, self.gap)
+        if batch.newest is not None:
+            apart[~batch.newest] = OLDER_GAP
+        return torch.where(batch.rollout_logprobs == 0, 0.0, batch.rollout_logprobs + apart)
 
     def update(self, batch: Any, loss_fn: Any, old: Any, reference: Any = None) -> dict[str, Any]:
         self.calls.append("update")
@@ -154,7 +165,10 @@ class Stub:
         if self.updates in self.refuse:
             raise NonFiniteGradientError(math.inf, [3], [1])
         # As of a mini-batch whose loss sums to 1 over `updates` tokens: the step's mean must weigh by tokens.
-        return {"loss": Mean(1.0, self.updates), "gap": Mean(self.gap, 1), "gap_max": Max(self.gap)}
+        mismatch, micro = Mismatch(), pack(batch, range(batch.num_sequences), old_logprobs=self.scores(batch))
+        assert micro.old_logprobs is not None
+        mismatch.see(micro.old_logprobs, micro)
+        return {"loss": Mean(1.0, self.updates)} | mismatch.metrics(lambda host, op: host, counts=True)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         self.records.append({"step": step, **metrics})
@@ -334,6 +348,64 @@ def test_a_pair_that_drifts_apart_later_is_reported(tmp_path: Path, caplog: pyte
     assert stub.records[1]["rollout/logprob_gap_max"] == 0.25
 
 
+class Windowed(Stub):
+    """Of a window: in step s each answer's first `older[s]` tokens are of weights one push older than the newest.
+
+    The newest weights' tokens are `gaps[s]` nats apart from the trainer's.
+    """
+
+    def __init__(self, older: dict[int, int], gaps: dict[int, float]) -> None:
+        super().__init__()
+        self.older, self.gaps = older, gaps
+
+    async def collect(self, step: int) -> Rollout:
+        cut, self.gap = self.older.get(step, 0), self.gaps.get(step, 0.0)
+        spans = (VersionSpan(step - 2, 0, cut), VersionSpan(step - 1, cut, R))
+        return rollout_of(["first", "second"], spans=tuple(s for s in spans if s.start < s.end), version=step - 1)
+
+
+def test_weights_that_arrive_broken_in_mid_run_are_reported_once_whatever_older_tokens_show(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stub = Windowed(older=dict.fromkeys(range(2, 7), 2), gaps={3: 0.25, 4: 0.25, 6: math.nan})
+    made = trainer(stub, tmp_path)
+    made.config.trainer.max_steps = 6
+    made.fit()
+    found = pytest.approx([0.0, 0.0, 0.25, 0.25, 0.0, math.nan], nan_ok=True)
+    assert [record["rollout/logprob_gap"] for record in stub.records] == found
+    assert [record["rollout/logprob_gap_max"] for record in stub.records] == found
+    assert [record["train/gap"] for record in stub.records[:3]] == pytest.approx([0, 0.02 / 3, 0.27 / 3])
+    said = [record.getMessage() for record in caplog.records if "differ" in record.message]
+    assert [line.split(",")[0] for line in said] == [
+        "trainer and vLLM differ by 0.25 nats a token",
+        "trainer and vLLM differ by nan nats a token",
+    ]
+
+
+def test_a_batch_of_older_tokens_alone_is_trained_on_and_the_next_one_is_judged(tmp_path: Path) -> None:
+    stub = Windowed(older={1: R, 2: 2}, gaps={2: 0.25})
+    with pytest.raises(RuntimeError, match=r"by 0\.25 nats on average.*max_logprob_gap=0\.001"):
+        trainer(stub, tmp_path).fit()
+    assert stub.scored == [[2, 3], [0, 1, 2, 3]]
+    (first,) = stub.records
+    assert "rollout/logprob_gap" not in first
+    assert first["train/gap"] == pytest.approx(OLDER_GAP, rel=1e-5)
+
+
+class Filtered(Stub):
+    """All of whose first step's answers were cut off, and are left out."""
+
+    async def collect(self, step: int) -> Rollout:
+        return rollout_of(["first", "second"], "length" if step == 1 else "stop", overlong_filter=True)
+
+
+def test_a_first_batch_without_a_token_is_no_broken_pair(tmp_path: Path) -> None:
+    stub = Filtered()
+    trainer(stub, tmp_path).fit()
+    assert [record["progress/optimizer_steps"] for record in stub.records] == [0, 2]
+    assert stub.scored == [[2, 3], [0, 1, 2, 3]]
+
+
 def test_a_steps_metrics_weigh_every_token_alike(tmp_path: Path) -> None:
     stub = Stub()
     trainer(stub, tmp_path).fit()
@@ -393,19 +465,15 @@ def test_a_steps_record_is_written_before_its_checkpoint(tmp_path: Path) -> None
     assert stub.records[1]["time/save"] > 0  # of the checkpoint of step 1
 
 
-@pytest.mark.parametrize(("gap", "max_staleness", "trains"), [(0.01, 1, True), (0.01, 0, False), (math.nan, 1, False)])
-def test_answers_of_older_weights_in_a_resumed_window_are_no_broken_pair(
-    gap: float, max_staleness: int, trains: bool, tmp_path: Path
-) -> None:
-    stub = Stub()
-    saving_trainer(stub, tmp_path).fit()
-    stub.gap, stub.stage = gap, Stage.train  # as a policy is that was just built
+@pytest.mark.parametrize(("gap", "trains"), [(0.0, True), (0.01, False), (math.nan, False)])
+def test_a_resumed_window_is_judged_by_its_newest_tokens(gap: float, trains: bool, tmp_path: Path) -> None:
+    saving_trainer(Stub(), tmp_path).fit()
+    stub = Windowed(older={3: 2}, gaps={3: gap})
     resumed = saving_trainer(stub, tmp_path, resumed=2)
     resumed.config.trainer.max_steps = 3
-    resumed.config.rollout.max_staleness = max_staleness
     with contextlib.nullcontext() if trains else pytest.raises(RuntimeError, match="max_logprob_gap"):
         resumed.fit()
-    assert (stub.records[-1]["step"] == 3) is trains
+    assert [record["step"] for record in stub.records] == [3] * trains
 
 
 def test_a_full_disk_ends_the_run_and_names_the_last_checkpoint(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ class RolloutConfig:
     # seconds in which nothing comes of a server's open requests, or of its pause for an update; then it is restarted
     progress_timeout: float = number(300.0, above=0, at_most=A_YEAR)
     sync_timeout: float = number(600.0, above=0, at_most=A_YEAR)  # seconds for one weight update
-    max_logprob_gap: float = number(0.05, above=0)  # mean |trainer - vLLM|; a larger one at step 0 refuses to train
+    max_logprob_gap: float = number(0.05, above=0)  # mean |trainer - vLLM|; a larger one at the start refuses to train
     replay: str = (
         ""  # rollouts/ folder of a run recorded with logger.rollout_tokens, played back in place of any server
     )
