@@ -152,12 +152,14 @@ class GroupSampler:
             await self._next_news(wait)
 
     async def _next_news(self, wait: _Wait) -> None:
-        try:
-            await asyncio.wait_for(wait.news.wait(), self.timeout)
-        except asyncio.TimeoutError as error:
-            raise TimeoutError(
-                f"no group finished for {self.timeout:g} s; waiting for {self._flights.waited_for()}"
-            ) from error
+        news = asyncio.ensure_future(wait.news.wait())
+        try:  # not asyncio.wait_for: before Python 3.12 it forgets a cancellation that comes with the news
+            if not (await asyncio.wait({news}, timeout=self.timeout))[0]:
+                raise TimeoutError(
+                    f"no group finished for {self.timeout:g} s; waiting for {self._flights.waited_for()}"
+                )
+        finally:
+            news.cancel()
 
     def _first_groups(self) -> list[Group]:
         """Those of the first N places that are finished: once all are, no timing can change them."""

@@ -527,6 +527,27 @@ def test_a_wrong_number_of_samples_or_verdicts_is_refused() -> None:
         run(make(engine).collect(1))
 
 
+@pytest.mark.parametrize("turns", range(5))
+def test_a_step_that_is_cancelled_as_a_group_ends_is_cancelled(turns: int) -> None:
+    """A stop that is forgotten is waited for a minute, longer than torchrun does before it kills."""
+
+    async def course() -> bool:
+        sampler = make(Engine(scripted("k"), latency=lambda i: 1.0 if i == 0 else 1e5), timeout=1e6)
+        step = asyncio.create_task(sampler.collect(4))
+        await asyncio.sleep(0.5)
+        assert sampler._wait is not None
+        sampler._wait.news.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        step.cancel()
+        ended, _ = await asyncio.wait({step}, timeout=60.0)
+        step.cancel()
+        await asyncio.wait({step})
+        return bool(ended)
+
+    assert run(course())
+
+
 @pytest.mark.parametrize(("options", "num_groups"), [({"max_attempts": 0.5}, 4), ({}, 0)])
 def test_senseless_sizes_are_refused(options: dict[str, Any], num_groups: int) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
