@@ -59,13 +59,30 @@ def test_a_second_run_of_the_same_recipe_does_nothing_and_another_seed_does(fold
 def test_only_the_response_and_its_end_are_targets(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     recipe = dataclasses.replace(RECIPE, forget_carry=0.0, miscount=0.0)
-    inputs, targets = prepare.training_batch([Sum(9, 1), Sum(1234, 5)], tokenizer, recipe, random.Random(0))
+    rows = prepare.training_rows([Sum(9, 1), Sum(1234, 5)], tokenizer, recipe, random.Random(0))
+    inputs, targets = prepare.padded(rows)
     scored = targets[0][targets[0] != prepare.IGNORED]
     assert tokenizer.decode(scored[:-1]) == Sum(9, 1).solution
     assert scored[-1] == prepare.EOS
     where = torch.nonzero(targets[0] != prepare.IGNORED)[:, 0]
     assert torch.equal(inputs[0][where + 1], scored)  # each target is the next input
     assert tokenizer.decode(inputs[0][: where[0] + 1]) == "9+1=?\n"
+
+
+def test_rows_in_several_passes_have_the_gradient_of_all_at_once(folder: Path) -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), prepare.build_model(RECIPE)
+    sums = [Sum(9, 1), Sum(1234, 5), Sum(7, 7), Sum(22, 93), Sum(123, 4)]
+    rows = prepare.training_rows(sums, tokenizer, RECIPE, random.Random(0))
+    assert [len(part) for part in prepare.passes(rows, 80)] == [2, 1, 1, 1]
+    assert prepare.passes(rows, 400) == [rows]
+    found = []
+    for limit in (400, 80, 1):
+        model.zero_grad()
+        loss = prepare.backward(model, rows, limit)
+        found.append((loss, torch.cat([one.grad.flatten() for one in model.parameters()])))
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-4, atol=1e-6)  # sums in another order
 
 
 def test_the_demo_s_experiment_and_its_warm_start_ask_in_the_same_words() -> None:

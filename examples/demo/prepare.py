@@ -46,6 +46,7 @@ MANIFEST = "warm_start.json"
 PAD, EOS = 0, 1
 IGNORED = -100  # cross_entropy's mark for positions without a target
 Model = Qwen2ForCausalLM | Qwen3MoeForCausalLM
+Row = tuple[list[int], list[int]]  # a prompt, and its response with the closing <eos>
 MERGED_WORD = "Answer"  # one token instead of six
 
 
@@ -76,11 +77,22 @@ class Recipe:
     problems: int = 16384
     forget_carry: float = 0.6
     miscount: float = 0.01
+    pass_tokens: int = 4096  # that go through the model at once, padding included
+    max_response: int = 64  # tokens of a sampled response
+
+    def response(self, one: Sum, rng: random.Random) -> str:
+        """What the model learns to write to `one`: another task overrides it, and names its own file in `sources`."""
+        return imperfect_solution(one.a, one.b, rng, forget_carry=self.forget_carry, miscount=self.miscount)
+
+    @property
+    def sources(self) -> list[str]:
+        """The code that the weights depend on."""
+        return [arithmetic.__file__, __file__]
 
     @property
     def fingerprint(self) -> str:
         """Changes with any field and with the generator's code, so that a cached model is never out of date."""
-        code = Path(arithmetic.__file__).read_bytes() + Path(__file__).read_bytes()
+        code = b"".join(Path(file).read_bytes() for file in self.sources)
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode() + code).hexdigest()
 
 
@@ -198,26 +210,59 @@ def train(model: Model, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> N
     model.train()
     progress = trange(recipe.steps, desc="warm start", unit="step")
     for _ in progress:
-        inputs, targets = training_batch(rng.choices(problems, k=recipe.batch), tokenizer, recipe, rng)
-        logits = model(input_ids=inputs).logits  # [B, T, V]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
-        loss.backward()
+        rows = training_rows(rng.choices(problems, k=recipe.batch), tokenizer, recipe, rng)
+        loss = backward(model, rows, recipe.pass_tokens)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
 
-def training_batch(
+def backward(model: Model, rows: list[Row], limit: int) -> float:
+    """Adds the gradient of the mean cross-entropy over all response tokens of `rows`; returns that mean.
+
+    At most `limit` tokens go through the model at once.
+    """
+    tokens = sum(len(response) for _, response in rows)
+    total = 0.0
+    for part in passes(rows, limit):
+        inputs, targets = padded(part)
+        logits = model(input_ids=inputs).logits  # [B, T, V]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        share = sum(len(response) for _, response in part) / tokens
+        (loss * share).backward()
+        total += loss.item() * share
+    return total
+
+
+def passes(rows: list[Row], limit: int) -> list[list[Row]]:
+    """`rows` in parts of at most `limit` tokens, padding included; where it takes several, like lengths go together."""
+    if len(rows) * max(map(_length, rows)) <= limit:
+        return [rows]
+    parts: list[list[Row]] = [[]]
+    for row in sorted(rows, key=_length):
+        if parts[-1] and (len(parts[-1]) + 1) * _length(row) > limit:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
+
+
+def _length(row: Row) -> int:
+    return len(row[0]) + len(row[1])
+
+
+def training_rows(
     problems: list[Sum], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, rng: random.Random
-) -> tuple[Tensor, Tensor]:
+) -> list[Row]:
+    return [
+        (prompt_ids(one, tokenizer, recipe), [*tokenizer.encode(recipe.response(one, rng)), EOS]) for one in problems
+    ]
+
+
+def padded(rows: list[Row]) -> tuple[Tensor, Tensor]:
     """Inputs and targets [B, T] int64, padded on the right; only response tokens, the closing <eos> too, are targets."""
-    rows = []
-    for one in problems:
-        response = imperfect_solution(one.a, one.b, rng, forget_carry=recipe.forget_carry, miscount=recipe.miscount)
-        rows.append((prompt_ids(one, tokenizer, recipe), [*tokenizer.encode(response), EOS]))
-    width = max(len(prompt) + len(response) for prompt, response in rows)
+    width = max(map(_length, rows))
     inputs = torch.full((len(rows), width), PAD)
     targets = torch.full((len(rows), width), IGNORED)
     for i, (prompt, tokens) in enumerate(rows):
@@ -247,7 +292,7 @@ def sample(model: Model, prompts: list[list[int]], max_tokens: int) -> list[list
 def report_accuracy(model: Model, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, count: int = 64) -> float:
     """Print two responses and the share of right ones on `count` held-out problems."""
     problems = generate(count, recipe.seed, recipe.max_digits, "eval")
-    responses = sample(model, [prompt_ids(one, tokenizer, recipe) for one in problems], max_tokens=64)
+    responses = sample(model, [prompt_ids(one, tokenizer, recipe) for one in problems], recipe.max_response)
     texts = [str(tokenizer.decode(ids)) for ids in responses]
     right = [text.endswith(f"Answer: {one.answer}") for text, one in zip(texts, problems, strict=True)]
     for text, one in list(zip(texts, problems, strict=True))[:2]:
