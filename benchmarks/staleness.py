@@ -1,13 +1,14 @@
-"""What sampling ahead costs in accuracy and saves in time: the demo with several `rollout.max_staleness`.
+"""What sampling ahead costs in accuracy and saves in time: the tasks of tasks.py with several `rollout.max_staleness`.
 
-    python benchmarks/staleness.py --staleness 0 1 2 4 --uncorrected 4 --seeds 0 1 2 --steps 60
+    python benchmarks/staleness.py --task demo tail --staleness 0 1 2 4 --uncorrected 4 --seeds 0 1 2 --steps 60
 
-Each contestant trains the demo's model from the same start, with the importance correction that m > 0 asks for, those of
+Each contestant trains a task's model from the same start, with the importance correction that m > 0 asks for, those of
 `--uncorrected` without any, which the trainer itself refuses. Contestants take turns within a seed, each with the whole
 machine. A run is judged once, after its last step, by eight answers a held-out problem. Its seconds are those of its steps,
 from the first wait for answers to the last push of weights; starting and judging are not in them.
 
-A table, means over seeds with the smallest and the largest accuracy; the last line is JSON by contestant, each seed's.
+A table a task, means over seeds with the smallest and the largest accuracy; the last line is JSON, by task and contestant
+each seed's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.versus_trl import TORCHRUN, rows, run, updates  # noqa: E402
+from benchmarks.tasks import SCRIPT, TASKS, Task  # noqa: E402
 
 BUILD = ROOT / "build" / "staleness"
 CAP = 2.0  # algorithm.importance_cap
@@ -42,7 +43,7 @@ class Contestant:
 
     @property
     def script(self) -> str:
-        return "examples/train_dapo.py" if self.corrected else "benchmarks/uncorrected_job.py"
+        return SCRIPT if self.corrected else "benchmarks/uncorrected_job.py"
 
     @property
     def cap(self) -> float:
@@ -60,24 +61,15 @@ class Result:
     oldest: float
 
 
-def train(contestant: Contestant, model: Path, folder: Path, seed: int, steps: int) -> Result:
+def train(contestant: Contestant, task: Task, folder: Path, seed: int, steps: int) -> Result:
     options = {
-        "model.path": model,
-        "output_dir": folder,
         "seed": seed,
         "rollout.max_staleness": contestant.staleness,
         "algorithm.importance_cap": contestant.cap,
-        "trainer.max_steps": steps,
-        "optimizer.decay_steps": steps * updates(),
         "evaluation.every": steps,
-        "evaluation.at_start": "false",
         "evaluation.samples": SAMPLES,
-        "checkpoint.every": 0,
-        "checkpoint.export": "false",
     }
-    job = [*TORCHRUN, contestant.script, "experiment=demo", *(f"{k}={v}" for k, v in options.items())]
-    run(job, folder / "log.txt", threads=1)
-    records = rows(folder / "metrics.jsonl")
+    records = task.train(folder, steps, options, contestant.script)
     trained = [one for one in records if one["rollout/kept_tokens"]]
     tokens = [one["rollout/kept_tokens"] for one in trained]
     return Result(
@@ -99,23 +91,34 @@ def row(name: str, results: list[Result]) -> str:
     )
 
 
+def compare(task: Task, contestants: list[Contestant], seeds: list[int], steps: int) -> dict[str, list[Result]]:
+    task.prepare()
+    place = BUILD / time.strftime(f"{task.name}-%Y%m%d-%H%M%S")
+    found: dict[str, list[Result]] = {str(one): [] for one in contestants}
+    for seed in seeds:
+        for number, one in enumerate(contestants):
+            found[str(one)].append(train(one, task, place / f"{number}_{seed}", seed, steps))
+            print(f"{task.name}, seed {seed}, {one}: {found[str(one)][-1]}", flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, nargs="+", default=["demo"])
     parser.add_argument("--staleness", type=int, nargs="*", default=[0, 1, 2, 4], help="m, with correction above 0")
     parser.add_argument("--uncorrected", type=int, nargs="*", default=[4], help="m, without")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
     contestants = [*map(Contestant, args.staleness), *(Contestant(m, corrected=False) for m in args.uncorrected)]
-    model, place = BUILD / "model", BUILD / time.strftime("%Y%m%d-%H%M%S")
-    run([sys.executable, "examples/demo/prepare.py", "--output", str(model)], BUILD / "model.log", threads=2)
-    found: dict[str, list[Result]] = {str(one): [] for one in contestants}
-    for seed in args.seeds:
-        for number, one in enumerate(contestants):
-            found[str(one)].append(train(one, model, place / f"{number}_{seed}", seed, args.steps))
-            print(f"seed {seed}, {one}: {found[str(one)][-1]}", flush=True)
-    print("\n".join([HEAD, *(row(name, results) for name, results in found.items())]))
-    print(json.dumps({name: [asdict(one) for one in results] for name, results in found.items()}))
+    found = {name: compare(TASKS[name], contestants, args.seeds, args.steps) for name in args.task}
+    for name, by_contestant in found.items():
+        print("\n".join([name, HEAD, *(row(one, results) for one, results in by_contestant.items())]))
+    said = {
+        name: {one: [*map(asdict, results)] for one, results in by_contestant.items()}
+        for name, by_contestant in found.items()
+    }
+    print(json.dumps(said))
 
 
 if __name__ == "__main__":

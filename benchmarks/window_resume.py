@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import rank_faults  # noqa: E402
-from benchmarks.versus_trl import TORCHRUN, rows, run  # noqa: E402
+from benchmarks.tasks import TORCHRUN, rows, run  # noqa: E402
 from nemo_dapo import checkpoint  # noqa: E402
 from nemo_dapo.types import Sample  # noqa: E402
 

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import sampler, versus_trl
+from benchmarks import grown, heavy_tail, sampler, tasks, versus_trl
+from examples.demo import prepare
+from nemo_dapo import entry
+from nemo_dapo.config import compose
+from nemo_dapo.config.checks import validate
+from nemo_dapo.data.formats.arithmetic import Sum, generate
+from nemo_dapo.rewards import math
 from nemo_dapo.types import Draft, Prompt, Sample, SamplingParams
 
 ROOT = Path(__file__).parents[1]
+RECIPE = prepare.Recipe(template="{problem}", max_digits=2, intermediate=64, layers=1)
 SMALL = "--groups 4 --group 4 --tokens 3000 --in-flight 16 --replicas 3 --servers 2 --ranks 2 --frames-per-second 0"
 
 
@@ -93,5 +103,67 @@ def test_the_goal_is_reached_by_the_mean_of_three_steps() -> None:
     assert curve.until_goal is None
     assert curve.tokens_per_second == 100 / 5  # the first step's tokens were there before the clock began
     assert versus_trl.Curve((1, 2, 3, 5), (1,) * 4, (0.5, 0.85, 0.95, 0.92)).until_goal == 5
+    assert curve.__class__(curve.seconds, curve.tokens, curve.accuracy, skipped=2).tokens_per_second == 90 / 4
     assert versus_trl.ratio([2.0, 4.0, 9.0], [8.0, 8.0, 1.0]) == 0.5
     assert versus_trl.ratio([2.0, None], [1.0, 1.0]) is None
+
+
+def test_ratios_are_over_trl_by_task_and_contestant() -> None:
+    fast, slow = (versus_trl.Curve((1, 2, 2 + seconds), (0, 0, 60), (1.0,) * 3) for seconds in (3, 5))
+    found = {"tail": {"ours": [fast], versus_trl.TRL: [slow]}}
+    assert versus_trl.compared(found, lambda one: one.tokens_per_second) == {"tail": {"ours": 1.5}}
+
+
+def test_answers_of_the_heavy_tailed_task_are_right_and_as_long_as_it_says() -> None:
+    recipe, rng = dataclasses.replace(heavy_tail.recipe(), forget_carry=0.0, miscount=0.0), random.Random(0)
+    lengths = []
+    for one in generate(2000, 0, recipe.max_digits):
+        text = recipe.response(one, rng)
+        lines, worked = text.split(one.solution)
+        letters = {line[0] for line in lines.splitlines()}
+        assert worked == ""
+        assert math.verify(text, one.answer).correct
+        assert len(letters) == 1  # one way
+        assert set(lines.splitlines()) == {letters.pop() + heavy_tail.columns(one, 4)}
+        lengths.append(len(text) - len("nswer") + 1)  # tokens: `Answer` is one, and the end is one
+    low, middle, high, longest = heavy_tail.quantiles(lengths)
+    assert min(lengths) < 25 <= low
+    assert 55 <= middle <= 65  # the median's standard error is 1
+    assert 280 <= high <= 420  # and of this quantile, 16
+    assert 900 < longest <= recipe.max_response
+
+
+def test_columns_are_written_down_from_the_right() -> None:
+    assert heavy_tail.columns(Sum(372, 9805), 4) == "25703809"
+    assert heavy_tail.columns(Sum(72, 5), 2) == "2570"
+
+
+def test_a_grown_model_has_the_small_one_s_logits_and_a_gradient_wherever_it_grew() -> None:
+    larger = dataclasses.replace(RECIPE, hidden=256, intermediate=96, heads=8, kv_heads=4, layers=2)
+    small = prepare.build_model(RECIPE)
+    large = grown.grown(small, prepare.model_config(larger))
+    tokens = torch.arange(2, 42).view(2, 20)
+    expected = small(input_ids=tokens).logits
+    logits = large(input_ids=tokens).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)  # sums of other lengths round otherwise
+    logits.square().sum().backward()
+    written = large.model.layers[1].mlp.down_proj.weight.grad
+    assert written.abs().amin(1).gt(0).any()  # by new neurons of a new layer
+    assert large.model.layers[0].self_attn.o_proj.weight.grad[:, 128:].abs().amax(0).gt(0).all()  # by new heads
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_a_task_s_configuration_is_one_that_a_run_takes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "BUILD", tmp_path)
+    task = tasks.TASKS[name]
+    longest = task.experiment.rollout.vllm.max_model_len
+    prepare.build_model(dataclasses.replace(RECIPE, max_positions=longest)).save_pretrained(task.model)
+    compose.register()
+    for steps, until in ((3, 11), (20, 40)):  # the rate decays to zero, or still rises when the run ends
+        run = entry.composed(ROOT / "conf" / "config.yaml", task.arguments(steps, {"evaluation.every": 0}))
+        assert run is not None
+        validate(run, world_size=2)
+        assert run.optimizer.decay_steps == until
+    assert run.rollout.max_response_length == task.experiment.rollout.max_response_length
