@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Bound on a score: Eq. 9 squares and sums those of a group in float32, whose largest number is 3.4e38. 16,384 samples of
 # this size fit with room to spare.
 MAX_SCORE = 1e15
+BYTE_EXPERTS = 256  # of so many a byte can name one
 
 
 class Stage(Enum):

@@ -179,7 +179,7 @@ def test_the_library_that_is_chosen_says_the_version_of_nccl(monkeypatch):
 
 
 def test_every_server_gets_gpus_of_its_own_or_the_node_says_how_many_it_lacks():
-    assert host.gpus_each({"tensor-parallel-size": 2, "pipeline_parallel_size": 2, "max_num_seqs": 9}) == 4
+    assert host.gpus_each({"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "max_num_seqs": 9}) == 4
     assert host.share_gpus(["a", "b", "c", "d", "e"], 2, 2) == ["a,b", "c,d"]
     with pytest.raises(ValueError, match=r"num_servers=3 with 2 GPU\(s\) each need 6 GPUs, it has 5"):
         host.share_gpus(["a", "b", "c", "d", "e"], 3, 2)

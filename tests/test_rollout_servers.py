@@ -79,8 +79,15 @@ def test_engine_options_become_command_line_arguments():
 
 @pytest.mark.parametrize("key", ["seed", "logprobs_mode", "logprobs-mode", "api_key"])
 def test_an_option_that_the_trainer_owns_is_refused_with_its_place(key):
-    with pytest.raises(ValueError, match=f"rollout.vllm.{key} is set by the trainer; change"):
-        engine_arguments({key: 1})
+    with pytest.raises(ValueError, match=f"rollout.vllm.{key.replace('-', '_')} is set by the trainer; change"):
+        engine_arguments(RolloutConfig(vllm={key: 1}).vllm)
+
+
+def test_an_option_in_the_spelling_of_the_command_line_replaces_ours(tmp_path):
+    config = RolloutConfig(vllm={"max-model-len": 64})
+    command = server_command(config, tmp_path, Precision.fp32, 8000, 0, on_cpu=False)
+    assert command.count("--max-model-len") == 1
+    assert command[command.index("--max-model-len") + 1] == "64"
 
 
 def test_the_command_asks_for_processed_logprobs_and_does_not_show_the_key(tmp_path):

@@ -326,7 +326,7 @@ def _check_replay(config: RunConfig, model: dict[str, Any] | None) -> Iterator[s
 def _check_returned_routes(config: RunConfig) -> Iterator[str]:
     if not config.model.replay_routes:
         yield "rollout.return_routes=true brings routes that nothing follows; set model.replay_routes=true, or leave it out"
-    vllm = {key.replace("-", "_"): value for key, value in config.rollout.vllm.items()}
+    vllm = config.rollout.vllm
     if int(vllm.get("pipeline_parallel_size") or 1) > 1 or vllm.get("enable_prefix_caching") is False:
         yield (
             "rollout.return_routes=true needs vLLM without pipeline parallelism and with its prefix cache; leave "

@@ -202,6 +202,10 @@ class RolloutConfig:
     )
     vllm: dict[str, Any] = field(default_factory=dict)  # engine arguments of `vllm serve`, by their long names
 
+    def __post_init__(self) -> None:
+        """vLLM's command line takes `max-model-len` for max_model_len: whoever looks for an option finds it here."""
+        self.vllm = {name.replace("-", "_"): value for name, value in self.vllm.items()}
+
 
 @dataclass
 class DataSetConfig:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nemo_dapo.batching import MicroBatch
 from nemo_dapo.megatron.moe import at_router, expert_pattern, routers
-from nemo_dapo.types import TrainBatch
+from nemo_dapo.types import BYTE_EXPERTS, TrainBatch
 
 
 class RouterReplay:
@@ -129,4 +129,4 @@ def columns_of(routes: Tensor, layers: dict[int, int], num_layers: int, top_k: i
 
 def dtype_of_routes(experts: int) -> torch.dtype:
     """The narrowest that both NCCL and gloo sum up."""
-    return torch.uint8 if experts <= 256 else torch.int32
+    return torch.uint8 if experts <= BYTE_EXPERTS else torch.int32

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nemo_dapo.rollout.wire import Ids, Logprobs, Routes
-from nemo_dapo.types import VersionSpan
+from nemo_dapo.types import BYTE_EXPERTS, VersionSpan
 
 # vLLM's JSON carries this floor in place of NaN and -inf.
 NOT_A_LOGPROB = -9998.0
@@ -60,7 +60,7 @@ class Mixture:
 
     @property
     def dtype(self) -> str:
-        return "uint8" if self.experts <= 256 else "uint16"
+        return "uint8" if self.experts <= BYTE_EXPERTS else "uint16"
 
     @property
     def bytes_per_token(self) -> int:

@@ -49,8 +49,8 @@ def engine_arguments(options: Mapping[str, Any]) -> list[str]:
     `--enforce-eager`, `false` -> `--no-…`, a mapping -> JSON, a list -> several values; None leaves vLLM's default."""
     arguments: list[str] = []
     for key, value in options.items():
-        if key.replace("-", "_") in RESERVED:
-            raise ValueError(f"rollout.vllm.{key} is set by the trainer; change {RESERVED[key.replace('-', '_')]}")
+        if key in RESERVED:
+            raise ValueError(f"rollout.vllm.{key} is set by the trainer; change {RESERVED[key]}")
         flag = "--" + key.replace("_", "-")
         if value is None:
             continue

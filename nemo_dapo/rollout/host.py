@@ -58,8 +58,7 @@ def visible(uuids: Sequence[str], setting: str | None) -> list[str]:
 
 def gpus_each(vllm: Mapping[str, Any]) -> int:
     """GPUs that one server with these options takes, by vLLM's names of them."""
-    options = {key.replace("-", "_"): value for key, value in vllm.items()}
-    sizes = (options.get(f"{kind}_parallel_size") or 1 for kind in ("tensor", "pipeline", "data"))
+    sizes = (vllm.get(f"{kind}_parallel_size") or 1 for kind in ("tensor", "pipeline", "data"))
     tensor, pipeline, data = map(int, sizes)
     return tensor * pipeline * data
 
