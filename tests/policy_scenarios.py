@@ -765,7 +765,7 @@ def own_gradient(job: Job) -> dict[str, Any]:
 
     `reduced`: the reduce-scatter has begun, as `overlap_grad_reduce` has it.
     """
-    from nemo_dapo.megatron.policy import _own_gradient
+    from nemo_dapo.megatron.culprits import own_parts
 
     buffer, out = job.policy(Layout()).model[0].buffers[0], {}
     for reduced in (False, True):
@@ -773,7 +773,7 @@ def own_gradient(job: Job) -> dict[str, Any]:
         for shard in range(job.world_size):
             buffer.grad_data.zero_()
             buffer.buckets[0].grad_data.view(job.world_size, -1)[shard, 0] = math.nan
-            finite = all(bool(part.isfinite().all()) for part in _own_gradient(buffer))
+            finite = all(bool(part.isfinite().all()) for part in own_parts(buffer))
             out["reduced" if reduced else "local", "own shard" if shard == job.rank else "other shard"] = finite
     return out
 

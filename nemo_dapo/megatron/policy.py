@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -27,12 +26,12 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from nemo_dapo.batching import MicroBatch, pack, plan_minibatches, scatter_logprobs
-from nemo_dapo.collectives import gather_json
 from nemo_dapo.config import ModelConfig, OptimizerConfig, ParallelConfig, Precision
 from nemo_dapo.interfaces import LossFn, NonFiniteGradientError
 from nemo_dapo.ledger import ServerMemory
 from nemo_dapo.megatron import adapters, checkpoint, saving, weights
 from nemo_dapo.megatron.context_parallel import slice_microbatch
+from nemo_dapo.megatron.culprits import Culprits
 from nemo_dapo.megatron.head import ScoringHead
 from nemo_dapo.megatron.memory import PolicyMemory
 from nemo_dapo.megatron.moe import ExpertLoad
@@ -90,9 +89,8 @@ class MegatronPolicy:
         self.expert_load = ExpertLoad(self.model)
         self.replay = RouterReplay(self.model if model.replay_routes else [])
         self.memory = PolicyMemory(self.model, self.optimizer, self.reference, moves=offload, servers=servers)
-        self.bad_tokens: list[tuple[Tensor, Tensor]] = []
+        self.culprits = Culprits()
         self.mismatch = Mismatch()
-        self.local_gradient_finite = torch.ones((), dtype=torch.bool)
 
     def _build(self, *, trainable: bool) -> list[Any]:
         on_gpu = torch.cuda.is_available()
@@ -269,7 +267,7 @@ class MegatronPolicy:
         grad_norm, means = self.accumulate_gradients(batch, loss_fn, old_logprobs, ref_logprobs)
         if not math.isfinite(grad_norm):
             self._zero_gradients()
-            raise NonFiniteGradientError(grad_norm, *self._gather_culprits())
+            raise NonFiniteGradientError(grad_norm, *self.culprits.gather())
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scheduler.step(increment=1)
@@ -288,13 +286,12 @@ class MegatronPolicy:
         Returns its norm and the metrics; the gradient is that of (sum of the loss over tokens) / (number of tokens), or
         / (sum of the loss function's `denominator`).
         """
-        self.bad_tokens.clear()
+        self.culprits.clear()
         self.mismatch.clear()
 
         def loss_func(scores: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             logprobs, entropy = scores[0].unbind(-1)
-            finite = logprobs.detach().isfinite() & micro.advantages.isfinite()
-            self.bad_tokens.append((micro.sequence, micro.mask & ~finite))
+            self.culprits.see_tokens(logprobs, micro)
             self.mismatch.see(logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs, micro)
             loss, sums = loss_fn(logprobs, entropy, micro)
             sums = {"loss": loss.detach(), "denominator": micro.mask.sum()} | sums
@@ -336,19 +333,9 @@ class MegatronPolicy:
         self.optimizer.zero_grad()
 
     def _finalize_gradients(self, model: list[Any], *args: Any, **kwargs: Any) -> None:
-        """Megatron's reduction over ranks, after noting whether this rank's own gradient was finite."""
-        own = [
-            part for chunk in model for b in chunk.buffers + chunk.expert_parallel_buffers for part in _own_gradient(b)
-        ]
-        self.local_gradient_finite = torch.stack([part.isfinite().all() for part in own]).all()
+        """Megatron's reduction over ranks, after a look at this rank's own gradient."""
+        self.culprits.see_gradient(model)
         finalize_model_grads(model, *args, **kwargs)
-
-    def _gather_culprits(self) -> tuple[list[int], list[int]]:
-        """Ranks whose own gradient was not finite, and the sequences with a non-finite number."""
-        sequences = {int(s) for sequence, bad in self.bad_tokens for s in sequence[bad].tolist()}
-        everyone = gather_json((bool(self.local_gradient_finite), sorted(sequences)))
-        ranks = [rank for rank, (finite, _) in enumerate(everyone) if not finite]
-        return ranks, sorted(set(itertools.chain.from_iterable(found for _, found in everyone)))
 
     def _reports(self) -> bool:
         """Whether this rank speaks for its part of a replica's tokens: one tensor-parallel rank of the last stage does."""
@@ -388,20 +375,6 @@ class MegatronPolicy:
         """
         self.memory.require(Stage.score, Stage.train)
         checkpoint.load(path, self.model, self.optimizer, self.scheduler)
-
-
-def _own_gradient(buffer: Any) -> Iterator[Tensor]:
-    """The parts of a gradient buffer that hold nothing but this rank's own sums.
-
-    That is all of it, unless `overlap_grad_reduce` has begun to reduce: the reduce-scatter writes the sum over ranks into
-    this rank's shard, where another rank's non-finite value would look like ours.
-    """
-    group = buffer.data_parallel_group
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    is_reduced = size > 1 and buffer.ddp_config.overlap_grad_reduce
-    for bucket in buffer.buckets:
-        shards = bucket.grad_data.view(size, -1)
-        yield from (shards[shard] for shard in range(size) if not (is_reduced and shard == rank))
 
 
 def _sequences_of(micro: MicroBatch) -> PackedSeqParams:
