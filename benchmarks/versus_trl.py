@@ -172,9 +172,7 @@ def ratio(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float
     return round(median(x for x in ours if x is not None) / median(x for x in theirs if x is not None), 2)
 
 
-def measure(
-    task: Task, contestants: dict[str, Callable[..., Curve]], rounds: int, steps: int
-) -> dict[str, list[Curve]]:
+def measure(task: Task, contestants: dict[str, Contestant], rounds: int) -> dict[str, list[Curve]]:
     """Every contestant in each round; every other round the other way round."""
     task.prepare()
     place = BUILD / time.strftime(f"{task.name}-%Y%m%d-%H%M%S")
