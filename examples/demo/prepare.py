@@ -85,6 +85,11 @@ class Recipe:
         return imperfect_solution(one.a, one.b, rng, forget_carry=self.forget_carry, miscount=self.miscount)
 
     @property
+    def stages(self) -> list[Recipe]:
+        """What it is trained by, one after the other."""
+        return [self]
+
+    @property
     def sources(self) -> list[str]:
         """The code that the weights depend on."""
         return [arithmetic.__file__, __file__]
@@ -126,7 +131,8 @@ def prepare(output: Path, recipe: Recipe) -> bool:
     save_tokenizer(building)
     tokenizer = AutoTokenizer.from_pretrained(save_config(building, recipe))
     model = build_model(recipe)
-    train(model, tokenizer, recipe)
+    for stage in recipe.stages:
+        train(model, tokenizer, stage)
     report_accuracy(model, tokenizer, recipe)
     model.save_pretrained(building)
     (building / MANIFEST).write_text(json.dumps({"fingerprint": recipe.fingerprint} | asdict(recipe), indent=2) + "\n")
