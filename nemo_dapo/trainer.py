@@ -321,7 +321,9 @@ class DAPOTrainer:
         if self.resumed is None:
             return
         with self.phase.enter("load"):
-            state = checkpoint.read_state(self.checkpoints, self.resumed)
+            # Rank 0 alone goes on with the window: a gigabyte, which each rank of a host would hold beside the others'.
+            read = checkpoint.read_state if self.controller else checkpoint.read_state_without_window
+            state = read(self.checkpoints, self.resumed)
             lead(lambda: self.restore_controller(state) if self.controller else never(), self.group)
             checkpoint.load(self.checkpoints, self.resumed, self.policy)
         self.progress = Progress(**state.get("progress", {}))

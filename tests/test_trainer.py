@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from nemo_dapo import checkpoint
+from nemo_dapo import checkpoint, window_file
 from nemo_dapo import trainer as trainer_module
 from nemo_dapo.batching import make_batch, pack
 from nemo_dapo.checkpoint import CheckpointError
@@ -680,6 +680,23 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_loaded(
     with pytest.raises(ValueError, match=said):
         resumed.resume()
     assert stub.calls == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_alone_reads_the_window(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving_trainer(Stub(), tmp_path).fit()
+    window_file.write(tmp_path / "checkpoints" / "step_000002" / window_file.NAME, [])
+    read: list[Path] = []
+    monkeypatch.setattr(window_file, "read", read.append)
+    stub = Stub()
+    resumed = saving_trainer(stub, tmp_path, resumed=2)
+    if rank:
+        resumed.controller = None
+        monkeypatch.setattr(trainer_module, "lead", lambda work, group: None)  # which rank 0 alone does
+    resumed.resume()
+    assert len(read) == (rank == 0)
+    assert stub.calls[-1] == "load step_000002"
+    assert resumed.progress.rollout_steps == 2
 
 
 def test_a_moved_model_folder_is_the_same_model(tmp_path: Path) -> None:
