@@ -114,6 +114,35 @@ def test_ratios_are_over_trl_by_task_and_contestant() -> None:
     assert versus_trl.compared(found, lambda one: one.tokens_per_second) == {"tail": {"ours": 1.5}}
 
 
+def test_the_command_runs_contestants_in_turn_and_says_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[tuple[str, int, int, int]] = []
+
+    def curve(task: tasks.Task, folder: Path, seed: int, *, steps: int, staleness: int = -1) -> versus_trl.Curve:
+        ran.append((task.name, seed, staleness, steps))
+        return versus_trl.Curve((1, 3, 3 + steps), (1, 1, 90), (0.9,) * 3, skipped=2)
+
+    monkeypatch.setattr(versus_trl, "BUILD", tmp_path)
+    monkeypatch.setattr(versus_trl, "ours", curve)
+    monkeypatch.setattr(versus_trl, "theirs", curve)
+    monkeypatch.setattr(versus_trl, "install", lambda: None)
+    monkeypatch.setattr(tasks.Task, "prepare", lambda self: None)
+    said = ["x", "--task", "tail", "--staleness", "0", "1", "--rounds", "2", "--steps", "6", "--trl-steps", "3"]
+    monkeypatch.setattr(sys, "argv", said)
+    versus_trl.main()
+    first = [("tail", 0, 0, 6), ("tail", 0, 1, 6), ("tail", 0, -1, 3)]
+    assert ran == first + [(name, 1, *rest) for name, _, *rest in reversed(first)]
+    ratios = {"tail": {"ours": 0.5, "ours, m=1": 0.5}}  # 90 tokens in six seconds over 90 in three
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
+        "tokens_ratio": ratios,
+        "time_to_090_ratio": {"tail": {"ours": 1.5, "ours, m=1": 1.5}},  # nine seconds over six
+    }
+    monkeypatch.setattr(sys, "argv", [*said[:-4], "--steps", "2"])
+    with pytest.raises(SystemExit):
+        versus_trl.main()
+
+
 def test_answers_of_the_heavy_tailed_task_are_right_and_as_long_as_it_says() -> None:
     recipe, rng = dataclasses.replace(heavy_tail.recipe(), forget_carry=0.0, miscount=0.0), random.Random(0)
     lengths = []
