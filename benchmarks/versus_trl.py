@@ -179,7 +179,7 @@ def measure(task: Task, contestants: dict[str, Contestant], rounds: int) -> dict
     curves: dict[str, list[Curve]] = {name: [] for name in contestants}
     for number in range(rounds):
         for name in list(contestants)[:: -1 if number % 2 else 1]:
-            folder = place / f"{name.replace(', ', '_')}_{number}"
+            folder = place / f"{name.replace(', m=', '_m')}_{number}"
             curves[name].append(contestants[name](task, folder, number))
             print(f"{task.name}, round {number + 1}, {name:9}: {curves[name][-1]}", flush=True)
     return curves

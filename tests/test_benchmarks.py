@@ -120,6 +120,7 @@ def test_the_command_runs_contestants_in_turn_and_says_what_it_measured(
     ran: list[tuple[str, int, int, int]] = []
 
     def curve(task: tasks.Task, folder: Path, seed: int, *, steps: int, staleness: int = -1) -> versus_trl.Curve:
+        assert "=" not in str(folder), "hydra takes the folder from the command line"
         ran.append((task.name, seed, staleness, steps))
         return versus_trl.Curve((1, 3, 3 + steps), (1, 1, 90), (0.9,) * 3, skipped=2)
 
