@@ -16,7 +16,8 @@ from nemo_dapo.rollout import client
 from nemo_dapo.rollout import requests as requests_module
 from nemo_dapo.rollout.answers import Ending, Expected
 from nemo_dapo.rollout.client import ServerUnavailableError
-from nemo_dapo.rollout.fleet import Fleet, Life
+from nemo_dapo.rollout.fleet import Fleet
+from nemo_dapo.rollout.member import Life
 from nemo_dapo.rollout.requests import Requests
 from nemo_dapo.types import Draft, Prompt, SamplingParams, VersionSpan
 from tests.stand_in_server import StandInServers

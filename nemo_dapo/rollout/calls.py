@@ -11,7 +11,7 @@ import httpx
 from nemo_dapo.config import RolloutConfig
 from nemo_dapo.rollout import control
 from nemo_dapo.rollout.attached import AttachedServers
-from nemo_dapo.rollout.fleet import Member
+from nemo_dapo.rollout.member import Member
 from nemo_dapo.rollout.nodes import ServingNodes
 from nemo_dapo.rollout.pulse import death
 

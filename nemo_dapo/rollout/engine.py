@@ -23,8 +23,8 @@ from nemo_dapo.rollout import client, sharing
 from nemo_dapo.rollout.answers import Mixture
 from nemo_dapo.rollout.attached import AttachedServers
 from nemo_dapo.rollout.command import DTYPES
-from nemo_dapo.rollout.fleet import Member
 from nemo_dapo.rollout.loop import LoopThread
+from nemo_dapo.rollout.member import Member
 from nemo_dapo.rollout.nodes import ServingNodes, Weights
 from nemo_dapo.rollout.requests import Requests
 from nemo_dapo.rollout.upkeep import STARTING, Upkeep

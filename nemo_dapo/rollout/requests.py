@@ -20,7 +20,8 @@ from nemo_dapo.config import PartialAnswers, RolloutConfig
 from nemo_dapo.rollout import answers, client, wire
 from nemo_dapo.rollout.answers import UnusableAnswerError
 from nemo_dapo.rollout.client import ServerUnavailableError
-from nemo_dapo.rollout.fleet import Life, LostServerError, Member
+from nemo_dapo.rollout.fleet import LostServerError
+from nemo_dapo.rollout.member import Life, Member
 from nemo_dapo.rollout.progress import Counts, Progress
 from nemo_dapo.rollout.upkeep import Upkeep
 from nemo_dapo.tasks import all_or_none

@@ -27,8 +27,9 @@ from nemo_dapo.rollout import admission, client, control, wire
 from nemo_dapo.rollout.admission import Reading
 from nemo_dapo.rollout.attached import AttachedServers
 from nemo_dapo.rollout.calls import Calls
-from nemo_dapo.rollout.fleet import Fleet, HopelessError, Life, Member
+from nemo_dapo.rollout.fleet import Fleet, HopelessError
 from nemo_dapo.rollout.loop import LoopThread
+from nemo_dapo.rollout.member import Life, Member
 from nemo_dapo.rollout.nodes import ServingNodes
 from nemo_dapo.rollout.servers import ServersClosedError
 from nemo_dapo.rollout.weights import push
