@@ -24,10 +24,9 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.tasks import SCRIPT, TASKS, Task  # noqa: E402
+from benchmarks.tasks import SCRIPT, TASKS, Task, sampling_ahead  # noqa: E402
 
 BUILD = ROOT / "build" / "staleness"
-CAP = 2.0  # algorithm.importance_cap
 SAMPLES = 8
 HEAD = """| | accuracy | seconds | seconds a step | mean age | oldest |
 |---|---|---|---|---|---|"""
@@ -45,10 +44,6 @@ class Contestant:
     def script(self) -> str:
         return SCRIPT if self.corrected else "benchmarks/uncorrected_job.py"
 
-    @property
-    def cap(self) -> float:
-        return CAP if self.corrected and self.staleness else 0.0
-
 
 @dataclass(frozen=True)
 class Result:
@@ -62,13 +57,8 @@ class Result:
 
 
 def train(contestant: Contestant, task: Task, folder: Path, seed: int, steps: int) -> Result:
-    options = {
-        "seed": seed,
-        "rollout.max_staleness": contestant.staleness,
-        "algorithm.importance_cap": contestant.cap,
-        "evaluation.every": steps,
-        "evaluation.samples": SAMPLES,
-    }
+    options = {"seed": seed, "evaluation.every": steps, "evaluation.samples": SAMPLES}
+    options |= sampling_ahead(contestant.staleness, corrected=contestant.corrected)
     records = task.train(folder, steps, options, contestant.script)
     trained = [one for one in records if one["rollout/kept_tokens"]]
     tokens = [one["rollout/kept_tokens"] for one in trained]

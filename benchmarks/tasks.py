@@ -29,6 +29,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # copied, as transformers' does, would be measured by that: 2.5 times the seconds on ours.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 SCRIPT = "examples/train_dapo.py"
+CAP = 2.0  # algorithm.importance_cap of who samples ahead
 Record = dict[str, float]  # of a step: a line of metrics.jsonl
 
 
@@ -78,6 +79,14 @@ class Task:
         }
         chosen |= {**self.overrides, **options}
         return ["experiment=demo", *(f"{name}={value}" for name, value in chosen.items())]
+
+
+def sampling_ahead(staleness: int, *, corrected: bool = True) -> dict[str, Any]:
+    """Options of a run with rollout.max_staleness, and with the importance correction that more than 0 asks for."""
+    return {
+        "rollout.max_staleness": staleness,
+        "algorithm.importance_cap": CAP if corrected and staleness else 0.0,
+    }
 
 
 def rows(path: Path) -> list[Record]:

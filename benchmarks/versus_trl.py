@@ -34,12 +34,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.tasks import TASKS, Record, Task, rows, run  # noqa: E402
+from benchmarks.tasks import TASKS, Record, Task, rows, run, sampling_ahead  # noqa: E402
 from nemo_dapo.data.formats.arithmetic import generate  # noqa: E402
 
 BUILD = ROOT / "build" / "versus_trl"
 TRL = "TRL"
-CAP = 2.0  # algorithm.importance_cap of who samples ahead
 GOAL, WINDOW = 0.90, 3  # accuracy, and over how many steps
 PHASES = ("rollout", "logprobs", "update", "sync")  # of a step of ours
 INSTALL = """
@@ -94,13 +93,7 @@ Contestant = Callable[[Task, Path, int], Curve]  # a task, the run's folder, a s
 
 def ours(task: Task, folder: Path, seed: int, *, steps: int, staleness: int) -> Curve:
     """Two ranks on the task's configuration, without evaluation and punishment of length."""
-    options = {
-        "seed": seed,
-        "rollout.max_staleness": staleness,
-        "algorithm.importance_cap": CAP if staleness else 0.0,
-        "reward.overlong.buffer": 0,
-        "evaluation.every": 0,
-    }
+    options = {"seed": seed, "reward.overlong.buffer": 0, "evaluation.every": 0} | sampling_ahead(staleness)
     records = task.train(folder, steps, options)
     print(f"where {called(staleness)} spent a step: {phases(records[1 + staleness :])}", flush=True)
     before = [0.0, *accumulate(one["time/step"] for one in records)]

@@ -29,28 +29,24 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import rank_faults  # noqa: E402
-from benchmarks.tasks import TORCHRUN, rows, run  # noqa: E402
+from benchmarks.tasks import SCRIPT, TASKS, TORCHRUN, sampling_ahead  # noqa: E402
 from nemo_dapo import checkpoint  # noqa: E402
 from nemo_dapo.types import Sample  # noqa: E402
 
 BUILD = ROOT / "build" / "window_resume"
+DEMO = TASKS["demo"]
 STALENESS = 4
 PATIENCE = 400.0  # seconds until the checkpoint that the kill waits for is there
 
 
-def command(folder: Path, staleness: int, steps: int) -> list[str]:
-    options = {
-        "model.path": BUILD / "model",
+def options(folder: Path, staleness: int) -> dict[str, Any]:
+    """The first run and those that go on with it have the same schedule, however many steps they take."""
+    return {
         "output_dir": folder,
-        "rollout.max_staleness": staleness,
-        "algorithm.importance_cap": 2.0 if staleness else 0.0,
-        "trainer.max_steps": steps,
+        "optimizer.decay_steps": DEMO.experiment.optimizer.decay_steps,
         "evaluation.every": 0,
-        "evaluation.at_start": "false",
         "checkpoint.every": 1,
-        "checkpoint.export": "false",
-    }
-    return [*TORCHRUN, "examples/train_dapo.py", "experiment=demo", *(f"{k}={v}" for k, v in options.items())]
+    } | sampling_ahead(staleness)
 
 
 def killed(folder: Path, steps: int) -> None:
@@ -58,9 +54,8 @@ def killed(folder: Path, steps: int) -> None:
     mark, started = uuid.uuid4().hex, time.time()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "FAULTS_MARK": mark}
     with (folder.parent / f"{folder.name}.log").open("w") as out:
-        job = subprocess.Popen(
-            command(folder, STALENESS, 10 * steps), cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
-        )
+        command = [*TORCHRUN, SCRIPT, *DEMO.arguments(10 * steps, options(folder, STALENESS))]
+        job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
     try:
         while (checkpoint.latest(folder / "checkpoints") or 0) < steps:
             assert job.poll() is None, f"the run ended by itself: {out.name}"
@@ -75,8 +70,7 @@ def killed(folder: Path, steps: int) -> None:
 
 def resumed(folder: Path, staleness: int, step: int) -> dict[str, float]:
     """The record of the first step after `step`."""
-    run(command(folder, staleness, step + 1), folder / "resumed.txt", threads=1)
-    return next(one for one in rows(folder / "metrics.jsonl") if one["step"] == step + 1)
+    return next(one for one in DEMO.train(folder, step + 1, options(folder, staleness)) if one["step"] == step + 1)
 
 
 def tokens(samples: Iterable[Sample]) -> int:
@@ -102,8 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     place = BUILD / time.strftime("%Y%m%d-%H%M%S")
     place.mkdir(parents=True)
-    model = BUILD / "model"
-    run([sys.executable, "examples/demo/prepare.py", "--output", str(model)], BUILD / "model.log", threads=2)
+    DEMO.prepare()
     whole, over = place / "window", place / "over"
     killed(whole, args.steps)
     step = checkpoint.latest(whole / "checkpoints")
