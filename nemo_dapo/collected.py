@@ -42,7 +42,7 @@ class Collected:
 
     `seconds` is how long the trainer waited, `tail_seconds` the part of it after enough groups had been accepted, spent on
     earlier ones: the price of submission order. `flights` is of the time since the step before, `open` counts the groups
-    that wait or run on for later steps.
+    that wait or run on for later steps, of which such as `ahead` steps need are begun: see `window`.
     """
 
     groups: tuple[Group, ...]
@@ -52,6 +52,7 @@ class Collected:
     tail_seconds: float
     flights: Occupancy
     open: int = 0
+    ahead: float = 0.0
 
     def count(self, reason: DropReason) -> int:
         return sum(d.reason is reason for d in self.dropped)
@@ -102,6 +103,7 @@ class Collected:
             "rollout/peak_in_flight": float(self.flights.peak),
             "rollout/mean_in_flight": self.flights.mean,
             "rollout/open_groups": float(self.open),
+            "rollout/steps_ahead": self.ahead,
             "time/rollout": self.seconds,
             "time/servers_idle": self.flights.idle_seconds,
             "time/rollout_tail": self.tail_seconds,

@@ -188,6 +188,7 @@ class GroupSampler:
             tail_seconds=0.0 if wait.filled is None else now - wait.filled,
             flights=self._flights.take_occupancy(),
             open=self.window.open - len(step.kept) if self._keeps else 0,
+            ahead=self.window.ahead if self._keeps else 0.0,
         )
 
     def _settle(self, collected: Collected) -> None:

@@ -16,6 +16,10 @@ come. Then size alone bounds age. Of a group behind k open ones (running, or kep
 at most k // N + d // limit steps come before its own: each takes N of those k, or passes `limit` places. So it is admitted
 only while its step trains weights at most m pushes newer than those that serve now: while fewer than (m + 1) N groups are
 open and the trainer waits, fewer than m N while it updates. Nothing is ever dropped for its age.
+
+That is a bound and no aim: where servers are faster than the trainer, a window kept full would have groups wait in it until
+they are m pushes old. So nothing is admitted either while the open groups are expected to make `ahead` steps: one at first,
+one more after each step that the trainer had to wait for, a tenth less after each that it found decided.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ from dataclasses import dataclass
 # The estimate of the acceptance rate weighs as much as this many observed groups when a step begins.
 PRIOR_GROUPS = 32
 MIN_RATE = 1e-3
+# What a step adds to `ahead`: a wait costs seconds now, a step too many only age.
+WAITED, READY = 1.0, -0.1
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Window:
     def __init__(self, max_staleness: int = 0, max_attempts: float = 10.0, acceptance_rate: float = 0.5) -> None:
         self.max_staleness, self.max_attempts = max_staleness, max_attempts
         self.acceptance_rate = acceptance_rate
+        self.ahead = 1.0  # steps that the open groups are to make, if the bound on age allows it
         self.front = 0  # the first index that no step has passed
         self.next_index = 0
         self.taken = 0  # steps so far
@@ -64,6 +71,9 @@ class Window:
             raise ValueError(f"num_groups={num_groups} must be at least 1")
         if self.max_staleness and self.num_groups not in (0, num_groups):
             raise ValueError(f"num_groups={num_groups} must stay {self.num_groups}: it bounds the age of what is open")
+        if self.max_staleness and self.num_groups:  # nothing could be decided for the first
+            change = WAITED if self.decided() is None else READY
+            self.ahead = min(max(self.ahead + change, 1.0), self.max_staleness + 1.0)
         self.num_groups, self.limit = num_groups, math.ceil(self.max_attempts * num_groups)
         self.pushed, self._is_waited_for = self.taken, True
 
@@ -129,6 +139,12 @@ class Window:
         return len(self._outcomes)
 
     @property
+    def expected(self) -> float:
+        """Steps that the groups behind the front will make: by those that are, or may be, kept, or by those they pass."""
+        kept = len(self._kept) + self.acceptance_rate * self.running
+        return max(kept / self.num_groups, (self.next_index - self.front) / self.limit)
+
+    @property
     def is_filled(self) -> bool:
         """Enough groups are kept for the step; earlier ones that still run may yet displace some."""
         return len(self._kept) >= self.num_groups and self._kept[self.num_groups - 1] < self.front + self.limit
@@ -143,7 +159,7 @@ class Window:
         if not self.num_groups:
             return False
         if self.max_staleness:
-            return self._age_of_next() <= self.max_staleness
+            return self.expected < self.ahead and self._age_of_next() <= self.max_staleness
         return self._is_waited_for and self.next_index < self.end and self.running < self._wanted()
 
     def decided(self) -> Step | None:

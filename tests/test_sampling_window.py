@@ -88,7 +88,9 @@ def test_generation_goes_on_while_the_trainer_updates_and_nothing_is_sampled_twi
         seen.append(len(engine.finished) - before)
         second = await sampler.collect(4)
         assert second.seconds == 0.0  # it was there when it was asked for
-        assert second.metrics()["rollout/open_groups"] == 8 - 4  # (m + 1) N, less the step
+        assert second.metrics()["rollout/open_groups"] == 0  # it was decided: no more were begun until it was taken
+        assert second.metrics()["rollout/steps_ahead"] == 1
+        assert sampler.window.open == 4  # m N
         assert engine.cancelled == []
         await sampler.stop()
 

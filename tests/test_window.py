@@ -28,6 +28,7 @@ class Course:
     max_attempts: float
     rate: float
     disturbed: bool = True
+    update: float | None = None  # seconds of each; None: random ones
 
     @staticmethod
     def random(seed: int, max_staleness: int | None = None) -> Course:
@@ -82,7 +83,7 @@ class Run:
                 if self.course.disturbed and self.rng.random() < 0.02:
                     self.kill()
             self.take()
-            self.update(self.rng.lognormvariate(0, 1.5))
+            self.update(self.rng.lognormvariate(0, 1.5) if self.course.update is None else self.course.update)
             if self.rng.random() < 0.5:
                 self.checkpoint = self.saved()
         return self
@@ -178,6 +179,60 @@ def test_where_few_groups_are_informative_the_bound_is_far_from_being_reached() 
     assert many == (pytest.approx(3.86, abs=0.005), 4)
 
 
+class Full(Window):
+    """Filled up to its bound on age, however many steps are decided."""
+
+    expected = 0.0  # type: ignore[assignment]
+
+
+def test_where_servers_are_faster_than_the_trainer_groups_are_not_begun_long_before_their_step() -> None:
+    course = Course(1, 8, 4, 10.0, 0.6, disturbed=False, update=60.0)
+
+    def age(make: Callable[..., Any]) -> float:
+        ages = check(course, make, steps=60).ages[240:]
+        return sum(ages) / len(ages)
+
+    assert age(Full) == pytest.approx(4, abs=0.05)
+    assert age(Window) == pytest.approx(1.39, abs=0.005)  # docs/algorithm.md has it
+
+
+@pytest.mark.parametrize("update", [0.1, 1.0, 5.0])
+def test_where_the_trainer_is_faster_than_the_servers_no_step_comes_later_than_by_a_full_window(update: float) -> None:
+    def seconds(make: Callable[..., Any]) -> float:
+        """From the tenth step on, by when the window aims at all that it may."""
+        run = Run(Course(3, 8, 4, 10.0, 0.6, disturbed=False, update=update), make).go(10)
+        began = run.now
+        return run.go(60).now - began
+
+    assert seconds(Window) == pytest.approx(seconds(Full), rel=0.002)
+
+
+def test_one_more_step_is_aimed_at_after_each_that_was_waited_for_and_less_after_each_that_was_not() -> None:
+    window, found = Window(2), []
+    for waited in [True, True, True, True, False, False, True]:
+        if waited:
+            window.begin(1)
+        while window.next_index < window.front + 3:
+            window.finish(window.admit(), True)
+        if not waited:
+            window.begin(1)
+        window.take()
+        window.forget()
+        found.append(window.ahead)
+    assert found == pytest.approx([1, 2, 3, 3, 2.9, 2.8, 3])
+
+
+def test_groups_that_no_step_can_train_on_make_steps_too() -> None:
+    window = Window(4, max_attempts=2.0)
+    window.begin(2)
+    for _ in range(4):
+        assert window.admits()
+        window.finish(window.admit(), False)
+    assert (window.expected, window.admits()) == (1, False)
+    window.take()
+    assert window.admits()
+
+
 def test_without_staleness_nothing_runs_between_two_steps() -> None:
     window = Window(0)
     window.begin(2)
@@ -269,6 +324,8 @@ MUTANTS = {
     "kept twice": ("del self._kept[: len(step.kept)]", "pass"),
     "surplus stays": ("if not self.max_staleness:\n            self.forget()", "pass"),
     "aborted ones count": ("        if outcome:\n", "        if outcome is not False:\n"),
+    "never more ahead": ("change = WAITED", "change = READY"),
+    "all that run will be kept": ("self.acceptance_rate * self.running", "self.running"),
     "restored as pushed": ("taken, taken", "taken, 0"),
 }
 
