@@ -165,7 +165,8 @@ class Controller:
             tokens=self.config.logger.rollout_tokens,
         )
         if dump.groups_left_out:
-            log.warning("%s: %d groups did not fit logger.rollout_max_mb", path, dump.groups_left_out)
+            limit = self.config.logger.rollout_max_mb
+            log.warning("%s: %d groups did not fit logger.rollout_max_mb=%d", path, dump.groups_left_out, limit)
 
     async def evaluate(self, step: int) -> EvaluationResult:
         """Sample and judge the evaluation sets; per-problem results go to `evaluation/step_*.jsonl`."""

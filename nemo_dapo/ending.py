@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 import traceback
@@ -78,7 +79,7 @@ class Ending:
             self._find_the_rank_at_fault(error)
         message = f"{type(error).__name__}: {error}"
         if self.heartbeat is None or self.heartbeat.first_to_say(message):
-            say_error(f"error: rank {self.rank}: {message} (traceback in {place})")
+            say_error(f"error: rank {self.rank}: {message} ({self._where()}; traceback in {place})")
         else:
             self._wait_for_the_cause()
 
@@ -131,8 +132,12 @@ class Ending:
         place = self.output_dir / "errors" / f"rank_{self.rank}.log"
         place.parent.mkdir(parents=True, exist_ok=True)
         with place.open("a") as file:
-            file.write(f"{time.strftime('%F %T')} {''.join(traceback.format_exception(error))}\n")
+            file.write(f"{time.strftime('%F %T')} {self._where()}\n{''.join(traceback.format_exception(error))}\n")
         return place
+
+    def _where(self) -> str:
+        """What this rank was at, and its host: `update of step 3 on node17`."""
+        return f"{self.phase.name} of step {self.phase.step} on {socket.gethostname()}"
 
 
 def say(line: str) -> None:

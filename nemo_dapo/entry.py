@@ -103,13 +103,25 @@ def refuse_secrets(arguments: list[str]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Leave out hundreds of lines a rank that say nothing of the run; call it before the libraries are imported, and once
-    more after NeMo has set logging up."""
+    """Leave out hundreds of lines a rank that say nothing of the run, and date the others that warn; call it before the
+    libraries are imported, and once more after NeMo has set logging up."""
     os.environ.setdefault("MEGATRON_SUPPRESS_FUSION_WARNINGS", "1")
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
     for name in ("configuration_utils", "modeling_utils"):
         logging.getLogger(f"transformers.{name}").addFilter(is_no_deprecation)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(Dated())
+
+
+class Dated(logging.Formatter):
+    """Says of a warning or an error when it was and by which rank, which Hydra's format leaves out."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno < logging.WARNING:
+            return text
+        return f"{self.formatTime(record, '%F %T')} rank {os.environ.get('RANK', '0')}: {text}"
 
 
 def is_no_deprecation(record: logging.LogRecord) -> bool:

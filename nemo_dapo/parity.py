@@ -70,5 +70,7 @@ class Parity:
         was_apart, self._is_apart = self._is_apart, not gap <= self.limit  # NaN too
         if self._is_apart and not was_apart:
             log.warning(
-                "trainer and vLLM differ by %.2g nats a token, above rollout.max_logprob_gap=%g", gap, self.limit
+                "trainer and vLLM differ by %.2g nats a token, above rollout.max_logprob_gap=%g: see "
+                "rollout/logprob_gap in metrics.jsonl; algorithm.importance_cap=2 corrects for it",
+                *(gap, self.limit),
             )

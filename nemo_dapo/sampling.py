@@ -156,7 +156,8 @@ class GroupSampler:
         try:  # not asyncio.wait_for: before Python 3.12 it forgets a cancellation that comes with the news
             if not (await asyncio.wait({news}, timeout=self.timeout))[0]:
                 raise TimeoutError(
-                    f"no group finished for {self.timeout:g} s; waiting for {self._flights.waited_for()}"
+                    f"no group finished for {self.timeout:g} s; waiting for {self._flights.waited_for()}: see the servers' "
+                    "logs and reward.timeout"
                 )
         finally:
             news.cancel()

@@ -219,7 +219,11 @@ class DAPOTrainer:
         if self.controller is not None:
             group_size = self.config.algorithm.group_size
             named = {uids[int(chosen[i]) // group_size] for i in error.sequences}
-            log.error("update refused: %s; prompts %s", error, sorted(named) or "unknown")
+            log.error(
+                "update refused in step %d (%d in a row, optimizer.max_refused_updates=%d end the run): %s; prompts %s",
+                *(self.phase.step, self.progress.refused_in_a_row, self.config.optimizer.max_refused_updates),
+                *(error, sorted(named) or "unknown"),
+            )
         if self.progress.refused_in_a_row >= self.config.optimizer.max_refused_updates:
             raise found_alike(error)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -525,6 +528,30 @@ def test_of_many_ranks_that_find_the_same_the_first_speaks_and_the_others_give_i
     assert refused(lambda run: None, *command, "algorithm.group_sise=4", monkeypatch=monkeypatch) == 2
     assert waited == [ending.ALIKE_SECONDS]
     assert capsys.readouterr().err.startswith("waited\nerror: algorithm.group_sise")
+
+
+def test_an_error_says_where_its_rank_was_and_on_which_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(ending, "StopSignals", lambda say, is_rank_zero: SimpleNamespace(saves_first=False, name=""))
+    one = ending.Ending()
+    one.output_dir, one.phase.name, one.phase.step = tmp_path, "update", 12
+    one.say(RuntimeError("no memory"))
+    where = f"update of step 12 on {socket.gethostname()}"
+    traceback = tmp_path / "errors" / "rank_3.log"
+    assert capsys.readouterr().err == f"error: rank 3: RuntimeError: no memory ({where}; traceback in {traceback})\n"
+    assert where in traceback.read_text()
+
+
+def test_a_warning_carries_its_time_and_rank_and_what_merely_informs_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    said = [
+        entry.Dated().format(logging.LogRecord("dapo", level, "file", 1, "a %s", ("word",), None))
+        for level in (logging.INFO, logging.WARNING)
+    ]
+    assert said[0] == "a word"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d rank 3: a word", said[1])
 
 
 def test_an_interpreter_for_vllm_that_does_not_exist_is_refused(

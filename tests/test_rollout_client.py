@@ -522,7 +522,9 @@ def test_the_only_server_garbling_for_ever_ends_the_run_with_its_name_and_words(
 def test_a_late_sample_is_sent_again_a_few_times_and_then_named(start, engine_over):
     server = start(stand.hang)
     servers = StandInServers(server.url)
-    with pytest.raises(TimeoutError, match=r"server 0 .*prompt p-17 within rollout.request_timeout=0 s"):
+    with pytest.raises(
+        TimeoutError, match=r"server 0 .*prompt p-17 within rollout.request_timeout=0 s, 3 times; raise"
+    ):
         generate(engine_over(servers, request_timeout=0.2))
     assert server.requests == MAX_LATE + 1
     assert servers.restarts == [0] * MAX_LATE

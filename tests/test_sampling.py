@@ -473,7 +473,8 @@ def test_after_a_failure_the_same_prompts_come_again() -> None:
 
 def test_a_silent_engine_is_reported_with_the_pending_prompts() -> None:
     engine = Engine(scripted("k"), latency=lambda i: 1e9 if i == 1 else 1.0)
-    with pytest.raises(TimeoutError, match=re.escape("no group finished for 600 s; waiting for 1 prompts: p1")):
+    said = "no group finished for 600 s; waiting for 1 prompts: p1: see the servers' logs"
+    with pytest.raises(TimeoutError, match=re.escape(said)):
         run(make(engine, timeout=600.0).collect(4))
     assert engine.in_flight == 0
 

@@ -428,6 +428,7 @@ def test_a_refused_update_names_its_prompts_and_the_run_goes_on(
 ) -> None:
     stub = Stub(refuse=(2,))
     trainer(stub, tmp_path).fit()
+    assert "update refused in step 1 (1 in a row, optimizer.max_refused_updates=2 end the run): " in caplog.text
     assert "non-finite gradient on ranks [3]" in caplog.text
     assert "prompts ['second']" in caplog.text  # sequence 1 of the second mini-batch
     assert [record["progress/refused_updates"] for record in stub.records] == [1, 1]

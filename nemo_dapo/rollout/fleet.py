@@ -11,6 +11,7 @@ Everything here runs in the run's event loop, but for `restart`, which blocks in
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections import deque
@@ -198,20 +199,20 @@ class Fleet:
         The restart belongs to nobody's request, so that one which is cancelled does not cancel it.
         """
         repair = asyncio.ensure_future(self.attend(member, life, fault, is_fatal=is_fatal))
-        self.leave_to_itself(repair)
+        self.leave_to_itself(member, repair)
         either: set[asyncio.Future[Any]] = {repair, life.lost}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
 
-    def leave_to_itself(self, repair: asyncio.Task[None]) -> None:
+    def leave_to_itself(self, member: Member, repair: asyncio.Task[None]) -> None:
         """Nobody waits for `repair` to its end; what it raises is logged, or said to whoever asks for a server."""
         self.repairs.add(repair)
-        repair.add_done_callback(self._repaired)
+        repair.add_done_callback(functools.partial(self._repaired, member))
 
-    def _repaired(self, repair: asyncio.Task[None]) -> None:
+    def _repaired(self, member: Member, repair: asyncio.Task[None]) -> None:
         self.repairs.discard(repair)
         if repair.cancelled() or (error := repair.exception()) is None or isinstance(error, SickError):
             return  # whoever takes a server next hears of a SickError
-        log.error("a server's restart failed", exc_info=error)
+        log.error("the restart of %s failed", self.describe(member.index), exc_info=error)
 
     async def attend(self, member: Member, life: Life, fault: str, *, is_fatal: bool = False) -> None:
         """Note that a request failed in `life` of a server; restart the server where that is called for.
@@ -363,7 +364,7 @@ class Fleet:
             fault = f"no token of its {member.load} open samples for {silence:.0f} s (rollout.progress_timeout)"
             if hangs or not self.servers.alive(member.index):
                 repair = asyncio.ensure_future(self.attend(member, life, fault, is_fatal=hangs))
-                self.leave_to_itself(repair)  # whatever it raises, the server is looked at again
+                self.leave_to_itself(member, repair)  # whatever it raises, the server is looked at again
                 await asyncio.wait({repair})
 
     def _admit(self, member: Member, reading: Reading, finished: int, seconds: float) -> None:

@@ -141,7 +141,7 @@ class Requests:
                 fleet.give(member)
             tries, late = tries + is_unusable, late + is_late
             if late > MAX_LATE:
-                raise TimeoutError(f"{fault}; that was the {late}th time, raise rollout.request_timeout or see the log")
+                raise TimeoutError(f"{fault}, {late} times; raise rollout.request_timeout or see the server's log")
             if tries >= MAX_TRIES:
                 raise RuntimeError(f"{tries} answers for prompt {prompt.uid} could not be used; the last: {fault}")
             if life.said.is_new(fault):  # all that a server has open may fail at once, by the thousand

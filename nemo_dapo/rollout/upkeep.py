@@ -206,7 +206,7 @@ class Upkeep:
         """Have a server restarted; that takes minutes, so it is waited for only where nobody else serves meanwhile."""
         repair = self.fleet.attend(member, life, fault, is_fatal=True)
         if self._others_serve(member):
-            self.fleet.leave_to_itself(asyncio.ensure_future(repair))
+            self.fleet.leave_to_itself(member, asyncio.ensure_future(repair))
         else:
             await self._while_there(member, repair)
 
@@ -234,7 +234,7 @@ class Upkeep:
         if task.done():
             task.result()
         else:
-            self.fleet.leave_to_itself(task)
+            self.fleet.leave_to_itself(member, task)
 
     async def _take(self, member: Member, http: httpx.AsyncClient, deadline: float) -> None:
         # Without its cache a server cannot go on.

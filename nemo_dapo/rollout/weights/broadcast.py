@@ -108,7 +108,7 @@ class BroadcastCarrier:
             try:
                 self._group = self.make(self.nccl, unique_id, 1 + sum(workers), 0, deadline)
             except TimeoutError as late:
-                log.error("%s", late)
+                log.error("weights %d: %s", self.version, late)
             if faults := self.calls.faults(self.targets, calls, deadline):
                 self._drop(faults)
 
