@@ -1,7 +1,8 @@
 # nemo_dapo in NVIDIA's NeMo container: its torch, Transformer Engine, apex, Megatron-core and Megatron-Bridge stay as they are.
 #   docker build -t nemo_dapo .
-#   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 nemo_dapo \
-#     python3 -m torch.distributed.run --nproc-per-node 8 examples/train_dapo.py model.path=… data=gsm8k parallel=tp2
+#   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 \
+#     -v /models:/models -v "$PWD/runs:/opt/nemo_dapo/runs" nemo_dapo python3 -m torch.distributed.run --nproc-per-node 8 \
+#     examples/train_dapo.py model.path=/models/Qwen2.5-7B preset=qwen2.5-7b/gpus8 data=dapo_math_17k reward=dapo
 # --ipc=host: Docker's 64 MiB of /dev/shm are too little for NCCL, for vLLM's queues and for the weights.
 FROM nvcr.io/nvidia/nemo:26.06
 ENV UV_NO_CACHE=1

@@ -1,6 +1,7 @@
 # make demo   sets everything up, then a small model learns arithmetic by DAPO (6 to 9 minutes on two cores)
 # make test   sets everything up and runs all tests
 # make docs   builds the documentation into build/docs, warnings being errors
+# make clean  removes the environment and build/, and leaves runs/
 # The set-up and a finished demo are not done twice. A Python 3.11 is looked for, or fetched; PYTHON=<path> names one (requirements/setup.sh).
 PYTHON ?=
 VENV := .venv
@@ -69,3 +70,6 @@ matrix: setup
 nodes: setup
 	@echo "== nodes: one job on several hosts under a real Slurm, as root; installs Debian's slurm-wlm, munge and iproute2"
 	$(BIN)/python benchmarks/nodes.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

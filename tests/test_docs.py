@@ -130,6 +130,25 @@ def test_every_metric_that_is_named_is_recorded(page: Path) -> None:
     assert named <= {*texts_in_the_code(), *reasons, *of_updates}
 
 
+def test_the_page_of_metrics_names_every_one_that_is_recorded() -> None:
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    whole = re.compile(r"(?:rollout|time|memory|eval)/\w*[a-z]")  # not the beginning of one, as of rollout/age_0
+    recorded = {text for text in texts_in_the_code() if whole.fullmatch(text)}
+    timed = {
+        name for file in (ROOT / "nemo_dapo").glob("*.py") for name in re.findall(r'timed\("(\w+)"', file.read_text())
+    }
+    recorded |= {f"rollout/dropped_{reason.value}" for reason in DropReason} | {f"time/{name}" for name in timed}
+    assert len(recorded) > 30
+    assert not [name for name in recorded if f"`{name}`" not in text]
+
+
+@every_page
+def test_every_make_target_that_is_named_has_a_rule(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    named = {name for code in code_of(page) for name in re.findall(r"^make ([a-z-]+)", code, re.MULTILINE)}
+    assert not [name for name in named if not re.search(rf"^{name}:.*\n(?=\t|$)|^{name}: \S", makefile, re.MULTILINE)]
+
+
 @every_page
 def test_links_to_files_of_the_repository_lead_somewhere(page: Path) -> None:
     if page.parent == ROOT:  # those within docs/ are checked by mkdocs --strict

@@ -149,7 +149,7 @@ class WandbSink:
 
 
 # The console line's parts, each left out where the record lacks one of its keys. No loss: a group's advantages sum to zero,
-# so it is near zero by construction and says nothing; metrics.jsonl has it.
+# so that it says little more than whether right answers are longer than wrong ones; metrics.jsonl has it.
 CONSOLE = (
     "eval {eval/accuracy:.3f}",
     "acc {rollout/accuracy:.2f}",
