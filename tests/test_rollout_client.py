@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import itertools
 import json
@@ -13,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import anyio
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -26,6 +29,7 @@ from nemo_dapo.rollout import requests as requests_module
 from nemo_dapo.rollout.answers import Mixture
 from nemo_dapo.rollout.engine import VLLMEngine
 from nemo_dapo.rollout.fleet import MAX_FAULTS, MAX_RESTARTS, Fleet, LostServerError, SickError
+from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.progress import Progress
 from nemo_dapo.rollout.received import Received
 from nemo_dapo.rollout.requests import MAX_LATE, MAX_LOST, MAX_TRIES
@@ -1216,3 +1220,22 @@ def test_a_call_that_is_cancelled_as_its_answer_comes_ends_there(turns, monkeypa
 
     monkeypatch.setattr(control, "_ask", answered)
     assert asyncio.run(scenario())
+
+
+def test_a_server_that_resets_a_connection_as_soon_as_it_is_open_is_one_that_cannot_be_reached(start, monkeypatch):
+    """The socket of such a connection is None in libuv's loop, and anyio asks it for its other end's address."""
+    connect, loop = anyio.connect_tcp, LoopThread("control")
+
+    async def connect_and_lose(*where: object, **options: object) -> object:
+        stream = await connect(*where, **options)
+        stream._transport.abort()
+        await asyncio.sleep(0)
+        return stream
+
+    async def scenario() -> None:
+        async with control.client(start().url) as http:
+            await control.ask(http, "GET", "/health", time.monotonic() + 60)
+
+    monkeypatch.setattr(anyio, "connect_tcp", connect_and_lose)
+    with contextlib.closing(loop), pytest.raises(httpx.ConnectError, match="closed the connection at once"):
+        loop.submit(scenario()).result()

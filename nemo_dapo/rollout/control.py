@@ -58,12 +58,18 @@ async def ask(http: httpx.AsyncClient, method: str, route: str, deadline: float,
 
 async def _ask(http: httpx.AsyncClient, method: str, route: str, request: dict[str, Any]) -> Reply:
     body = bytearray()
-    async with http.stream(method, route, headers={"Accept-Encoding": "identity"}, **request) as response:
-        async for piece in response.aiter_raw():
-            body += piece
-            if len(body) > MAX_ANSWER_BYTES:
-                raise RuntimeError(f"{route} of {http.base_url} answers more than {MAX_ANSWER_BYTES} bytes")
-        return Reply(response.status_code, bytes(body))
+    try:
+        async with http.stream(method, route, headers={"Accept-Encoding": "identity"}, **request) as response:
+            async for piece in response.aiter_raw():
+                body += piece
+                if len(body) > MAX_ANSWER_BYTES:
+                    raise RuntimeError(f"{route} of {http.base_url} answers more than {MAX_ANSWER_BYTES} bytes")
+            return Reply(response.status_code, bytes(body))
+    except AttributeError as closed:
+        # anyio (seen in 4.16) asks for the other end's address of a socket that this end has reset as soon as it was open.
+        if closed.name != "getpeername":
+            raise
+        raise httpx.ConnectError(f"{http.base_url} closed the connection at once") from closed
 
 
 async def call(
