@@ -19,6 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 import httpx
 
 from nemo_dapo.rewards.verdict import make_verdict
+from nemo_dapo.tasks import within
 from nemo_dapo.telemetry.escape import printable
 from nemo_dapo.types import Prompt, Verdict
 
@@ -66,7 +67,7 @@ class RemoteReward:
     async def _ask(self, body: bytes) -> Any:
         failures: list[Exception] = []
         try:
-            return await asyncio.wait_for(self._insist(body, failures), _MARGIN * self.timeout)
+            return await within(_MARGIN * self.timeout, self._insist(body, failures))
         except asyncio.TimeoutError:
             raise (failures or [_TransientError(f"no answer within {_MARGIN * self.timeout:g} s")])[-1] from None
 

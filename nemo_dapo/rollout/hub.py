@@ -38,6 +38,7 @@ from nemo_dapo.rollout.messages import (
     say,
     version_said,
 )
+from nemo_dapo.tasks import within
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class Hub:
             if node:
                 await say(node.socket, Stop())
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._empty(), END_SECONDS)
+            await within(END_SECONDS, self._empty())
         if left := [node.name for node in self.nodes if node]:
             log.error("agents of %s did not end; their servers end when they find their lease lost", ", ".join(left))
         if self._runner:
@@ -205,7 +206,7 @@ class Hub:
         await socket.prepare(request)
         async with contextlib.aclosing(heard(socket, self.lease)) as words:
             try:
-                hello = await asyncio.wait_for(self._greet(socket, words), HELLO_SECONDS)
+                hello = await within(HELLO_SECONDS, self._greet(socket, words))
                 if hello is not None:
                     await self._host(socket, words, hello)
             except (LeaseLostError, ConnectionError, asyncio.TimeoutError, ValueError) as problem:

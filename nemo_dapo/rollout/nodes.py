@@ -32,7 +32,7 @@ from nemo_dapo.rollout.messages import Plan, ServerState, options_said
 from nemo_dapo.rollout.run_file import RUN_FILE, Door, choose_token, write_run_file
 from nemo_dapo.rollout.servers import END_GRACE_SECONDS, ServersClosedError
 from nemo_dapo.rollout.weights.plan import Place, Target
-from nemo_dapo.tasks import all_or_none
+from nemo_dapo.tasks import all_or_none, within
 
 log = logging.getLogger(__name__)
 
@@ -325,7 +325,7 @@ class ServingNodes:
     async def _call(self, slot: int, action: str, index: int, limit: float) -> None:
         node = await self.hub.node_at(slot)
         try:
-            await asyncio.wait_for(node.call(action, index), limit)
+            await within(limit, node.call(action, index))
         except CallFailedError as failed:
             raise ERRORS.get(failed.error_class, RuntimeError)(str(failed)) from failed
         except asyncio.TimeoutError as late:
