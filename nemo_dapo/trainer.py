@@ -120,13 +120,9 @@ class DAPOTrainer:
             self.log()
         self.record = {}
         while self.progress.rollout_steps < self.config.trainer.max_steps:  # line 1
-            state = self.state()
             try:
                 self.step()
-            except StoppedError:  # in the rollout: nothing was trained on yet, and its prompts are to come again
-                self.finish_save(waits=True)
-                if self.saves.last != self.progress.rollout_steps:
-                    self.save(state)
+            except StoppedError:
                 return
             self.evaluate_when_due()
             self.log()  # before the checkpoint: a kill between the two must not cost the step's record
@@ -135,12 +131,10 @@ class DAPOTrainer:
     # ---------------------------------------------------------------- one step
 
     def step(self) -> None:
-        """Lines 2 to 11. Raises StoppedError on every rank where one was asked to stop before the rollout is there."""
+        """Lines 2 to 11. Raises StoppedError, on every rank, where one was asked to stop before the rollout is there."""
         self.phase.step = self.progress.rollout_steps + 1
-        if is_true_anywhere(self.stop.is_set(), self.group):
-            raise StoppedError
         with self.timed("step"):
-            batch, uids = self.collect()  # lines 2 and 4 to 9
+            batch, uids = self.collect_or_save()  # lines 2 and 4 to 9
             old_logprobs = self.old_logprobs(batch)  # line 3
             for chosen in self.minibatches(batch.num_sequences):  # line 10
                 self.update(batch, chosen, old_logprobs, uids)  # line 11
@@ -150,6 +144,19 @@ class DAPOTrainer:
     def minibatches(self, num_sequences: int) -> list[Tensor]:
         """The sequences of each optimizer step."""
         return minibatches(num_sequences, self.config.algorithm.minibatch_size, self.config.algorithm.group_size)
+
+    def collect_or_save(self) -> tuple[TrainBatch, list[str]]:
+        """`collect`; where the run is to stop first, what the step began with is saved: its prompts are to come again."""
+        state = self.state()  # no longer than the rollout: it holds every group of the window
+        try:
+            if is_true_anywhere(self.stop.is_set(), self.group):
+                raise StoppedError
+            return self.collect()
+        except StoppedError:
+            self.finish_save(waits=True)
+            if self.saves.last != self.progress.rollout_steps:
+                self.save(state)
+            raise
 
     def collect(self) -> tuple[TrainBatch, list[str]]:
         """This rank's part of the batch; on rank 0 also the uids of its prompts, which is all that the step still needs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import signal
 import subprocess
 import sys
@@ -508,6 +509,26 @@ def test_the_trainer_updates_while_groups_are_sampled_and_no_token_is_older_than
         assert record.get("rollout/logprob_gap") == (0.0 if newest else None)
     assert all(record["rollout/groups_kept"] == 2 for record in run.records)
     assert len(set(run.stub.asked)) == len(run.stub.asked)
+
+
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.parametrize("m", [0, 2])
+def test_an_update_holds_no_group_that_its_step_has_passed(
+    m: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's answers are gigabytes: they are in the batch, and need not be in memory twice."""
+    update, held = DAPOTrainer.update, []
+
+    def looking(self: DAPOTrainer, *args: Any) -> None:
+        gc.collect()
+        assert self.controller is not None
+        front = self.controller.sampler.window.front
+        held.append([one.index for one in gc.get_objects() if type(one) is Group and one.index < front])
+        update(self, *args)
+
+    monkeypatch.setattr(DAPOTrainer, "update", looking)
+    trained(tmp_path, m, max_steps=3)
+    assert held == [[], [], []]
 
 
 @pytest.mark.usefixtures("_one_rank")
