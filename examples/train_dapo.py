@@ -42,6 +42,7 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "config.yaml"
 def train(config: RunConfig, ending: Ending) -> None:
     """Build policy, engine, rewarder and data, hand them to the trainer and run it."""
     from nemo_dapo.collectives import gather_json
+    from nemo_dapo.heartbeat import hosts_in_words
     from nemo_dapo.megatron import parallel
     from nemo_dapo.rollout import sharing
     from nemo_dapo.rollout.host import node_name
@@ -59,6 +60,8 @@ def train(config: RunConfig, ending: Ending) -> None:
     # Agents are left last: the engine, before, has told them to end.
     with ExitStack() as agents, ExitStack() as stack, ending.says_at_once():
         if len(set(hosts)) > 1:
+            if is_rank_zero():  # later messages know ranks alone
+                print(f"ranks by host: {hosts_in_words(hosts)}", flush=True)
             require_shared(run_dir, hosts, group)
         with ending.phase.enter("load"):
             resumed = find_checkpoint(config, run_dir, group)

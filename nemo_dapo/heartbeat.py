@@ -220,3 +220,11 @@ def ranks_in_words(ranks: Sequence[int]) -> str:
     if len(ranks) <= NAMED:
         return f"ranks {', '.join(map(str, ranks))}"
     return f"{len(ranks)} ranks ({ranks[0]} to {ranks[-1]})"
+
+
+def hosts_in_words(hosts: Sequence[str]) -> str:
+    """`node1 0 to 7, node2 8 to 15` of each rank's host: torchrun numbers those of a host in a row."""
+    ranks: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        ranks.setdefault(host, []).append(rank)
+    return ", ".join(f"{host} {its[0]}" + (f" to {its[-1]}" if len(its) > 1 else "") for host, its in ranks.items())

@@ -18,6 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nemo_dapo.heartbeat import hosts_in_words
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[1]
@@ -211,3 +213,7 @@ def test_a_stopped_rank_is_named_with_host_and_phase_by_the_other_one(
     assert line in job.console.split("Root Cause")[1], (
         "torchrun's summary, the last on the console, ends with that line"
     )
+
+
+def test_the_ranks_of_each_host_are_said_in_short() -> None:
+    assert hosts_in_words(["node1"] * 8 + ["node2"] * 8 + ["node3"]) == "node1 0 to 7, node2 8 to 15, node3 16"
