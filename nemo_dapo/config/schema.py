@@ -325,7 +325,8 @@ class TrainerConfig:
 class CheckpointConfig:
     every: int = number(10, at_least=0)  # rollout steps; 0 = only at the end
     keep: int = number(2, at_least=0)  # newest ones; 0 = all
-    # which can be loaded under other tensor and pipeline parallel sizes: gathered on few ranks, in more time and memory
+    # which can be loaded under other tensor and pipeline parallel sizes: that of the last of max_steps, or all; gathered on
+    # few ranks, in more time and memory
     portable: Portable = Portable.last
     # written while the training goes on, from a copy in host memory; the last one is not
     asynchronous: bool = False
