@@ -1,7 +1,7 @@
 """How good a model is: avg@k, pass@k and maj@k of a Hugging Face folder, or of a training checkpoint, on problem sets.
 
     python examples/evaluate.py model.path=<folder> benchmark=[aime24,aime25,math500]
-    python examples/evaluate.py model.path=<folder> '+data.eval.mine={format: columns, path: mine.jsonl}'
+    python examples/evaluate.py model.path=<folder> 'data.eval.mine={format: columns, path: mine.jsonl}'
     python examples/evaluate.py model.path=<folder> evaluation.checkpoint=runs/<name>/checkpoints/step_000100 …
 
 Prints one line a set; writes `summary.json` and, a line a problem, `problems.jsonl` under `output_dir`, or where an earlier
