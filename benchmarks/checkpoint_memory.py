@@ -71,7 +71,7 @@ def run_rank(folder: Path, replicas: int, rank: int) -> None:
     batch = TrainBatch(tokens, torch.tensor([8, 8]), torch.tensor([2, 2]), torch.zeros(16), torch.ones(2))
     policy.update(batch, make_loss_fn(AlgorithmConfig()), None)
     parameters = sum(p.numel() for p in policy.model[0].parameters())
-    found: dict[str, Any] = {"parameters": parameters}
+    found: dict[Any, Any] = {"parameters": parameters}
 
     def save(place: Path, **options: bool) -> None:
         if rank == 0:

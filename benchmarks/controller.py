@@ -62,8 +62,8 @@ BEAT_SECONDS = 0.005
 def encoded_answer(tokens: int, seed: int) -> list[bytes]:
     """The chunks of one answer's body, a frame each, as uvicorn writes them."""
     random = np.random.default_rng(seed)
-    ids = random.integers(0, VOCAB_SIZE, tokens, np.int32)
-    logprobs = -random.random(tokens, np.float32)
+    ids: Any = random.integers(0, VOCAB_SIZE, tokens, np.int32)
+    logprobs: Any = -random.random(tokens, np.float32)
     starts = range(0, tokens, wire.TOKENS_PER_FRAME)
     chunks = []
     for number, first in enumerate(starts):

@@ -25,7 +25,8 @@ def save_grown(small: Path, recipe: prepare.Recipe, output: Path) -> None:
     config = prepare.model_config(replace(recipe, initializer_range=0.02, **SIZES))
     assert isinstance(config, Qwen2Config)
     torch.manual_seed(recipe.seed)
-    grown(AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32), config).save_pretrained(output)
+    model: Any = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
+    grown(model, config).save_pretrained(output)
     AutoTokenizer.from_pretrained(small).save_pretrained(output)
 
 

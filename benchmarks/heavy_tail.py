@@ -25,6 +25,7 @@ import random
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,7 +109,8 @@ def main() -> None:
     torch.set_num_threads(2)
     tail = recipe()
     prepare.prepare(args.output, tail)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(args.output), AutoTokenizer.from_pretrained(args.output)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.output)
+    tokenizer = AutoTokenizer.from_pretrained(args.output)
     problems = generate(args.count, 1, tail.max_digits, "eval")
     answers = prepare.sample(model, [prepare.prompt_ids(one, tokenizer, tail) for one in problems], tail.max_response)
     print(f"tokens of an answer, quantiles {QUANTILES}: {quantiles([len(ids) + 1 for ids in answers])}")

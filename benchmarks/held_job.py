@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from nemo_dapo.phase import Phase
 from nemo_dapo.rollout.weights.plan import Seat, Sent, UpdatePlan
 from nemo_dapo.types import Prompt, Sample, SamplingParams
@@ -39,8 +41,8 @@ class ScriptedEngine:
 
     @staticmethod
     def _sample(length: int) -> Sample:
-        tokens = tuple(random.randrange(2, 250) for _ in range(length))
-        return Sample(tokens, (0.0,) * length, "length")
+        tokens = np.array([random.randrange(2, 250) for _ in range(length)], np.int32)
+        return Sample(tokens, np.zeros(length, np.float32), "length")
 
     def begin_update(self, version: int, seats: Sequence[Seat]) -> UpdatePlan:
         self.version = version
@@ -80,6 +82,6 @@ if __name__ == "__main__":
     if ENGINE == "scripted":
         from nemo_dapo.rollout.engine import VLLMEngine
 
-        VLLMEngine.prepare = lambda *_, **__: ScriptedEngine()  # type: ignore[method-assign]
+        VLLMEngine.prepare = lambda *_, **__: ScriptedEngine()  # type: ignore[method-assign, assignment]
     sys.argv = [str(SCRIPT), *sys.argv[5:]]
     runpy.run_path(str(SCRIPT), run_name="__main__")

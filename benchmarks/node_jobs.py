@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -46,7 +47,7 @@ def install() -> None:
     missing = why_not()
     if "apt-get" in missing and os.geteuid() == 0 and shutil.which("apt-get"):
         print(f"== installing {' '.join(PACKAGES)} (apt-get)", flush=True)
-        quiet = {"stdout": subprocess.DEVNULL, "check": True}
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "check": True}
         subprocess.run(["apt-get", "update"], **quiet)
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES], env=environment, **quiet)

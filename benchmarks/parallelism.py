@@ -36,9 +36,9 @@ def table(results: list[dict[str, Any]]) -> str:
         "| ranks | layout, the rest data parallel | combinations | gradient | norm | weights | log-probabilities, nats |",
         "|---|---|---|---|---|---|---|",
     ]
-    for layout, of_layout in rows.items():
+    for described, of_layout in rows.items():
         worst = " | ".join(f"{max(result[name] for result in of_layout):.1e}" for name in QUANTITIES)
-        lines.append(f"| {layout} | {len(of_layout)} | {worst} |")
+        lines.append(f"| {described} | {len(of_layout)} | {worst} |")
     return "\n".join(lines)
 
 

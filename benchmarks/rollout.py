@@ -69,7 +69,7 @@ def never_stop(engine: VLLMEngine) -> None:
         body["sampling_params"]["ignore_eos"] = True
         return json.dumps(body).encode()
 
-    client.request_body = endless
+    client.request_body = endless  # type: ignore[assignment]
     engine.requests.stop_token_ids = []
 
 

@@ -134,7 +134,8 @@ def theirs(task: Task, folder: Path, seed: int, *, steps: int) -> Curve:
     job = [str(BUILD / "venv" / "bin" / "python"), "benchmarks/trl_job.py", str(task.model), str(problems(task))]
     run([*job, str(output), json.dumps(options)], folder / "log.txt", threads=2)
     records = rows(output)
-    return Curve(*(tuple(one[name] for one in records) for name in ("seconds", "tokens", "accuracy")))
+    seconds, tokens, accuracy = (tuple(one[name] for one in records) for name in ("seconds", "tokens", "accuracy"))
+    return Curve(seconds, tokens, accuracy)
 
 
 def problems(task: Task) -> Path:

@@ -119,8 +119,8 @@ def exported(
 
 
 if __name__ == "__main__":
-    # So that a tiny model is sent in several pieces.
-    Sender.__init__ = functools.partialmethod(Sender.__init__, piece_bytes=PIECE_BYTES)  # type: ignore[method-assign]
+    in_pieces: Any = functools.partialmethod(Sender.__init__, piece_bytes=PIECE_BYTES)  # of a tiny model
+    Sender.__init__ = in_pieces  # type: ignore[method-assign]
     look_after_each_sync()
     hold_up_where_asked()
     sys.argv = [str(SCRIPT), *sys.argv[1:]]

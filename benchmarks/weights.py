@@ -101,16 +101,22 @@ def update(weights: dict[str, torch.Tensor], places: list[Place], rounds: int) -
 
 def bare_copy(weights: dict[str, torch.Tensor], rounds: int) -> float:
     copies = [{name: torch.empty_like(one) for name, one in weights.items()} for _ in range(NODES)]
-    return seconds(lambda: [copy[name].copy_(one) for copy in copies for name, one in weights.items()] and None, rounds)
+
+    def copy_all() -> None:
+        for copy in copies:
+            for name, one in weights.items():
+                copy[name].copy_(one)
+
+    return seconds(copy_all, rounds)
 
 
 def bare_sockets(weights: dict[str, torch.Tensor], rounds: int) -> float:
-    views = [memoryview(one.view(torch.uint8).numpy().reshape(-1)) for one in weights.values()]
+    views = [one.view(torch.uint8).numpy().reshape(-1) for one in weights.values()]
     total = sum(view.nbytes for view in views)
 
     def send(connection: socket.socket) -> None:
         for view in views:
-            connection.sendall(view)
+            connection.sendall(view.data)
         assert connection.recv(1) == b"!"
 
     with ExitStack() as stack:
@@ -147,7 +153,7 @@ def main() -> None:
         ports = [stack.enter_context(child(RECEIVER, folder, TOKEN)) for folder in folders]
         places = [Place(f"node{i}", folders[i], "-", f"127.0.0.1:{ports[i]}") for i in range(NODES)]
         record["tcp_seconds"] = update(weights, places, args.rounds)
-        assert len({read_table(Path(folder)).digest for folder in [*folders, stores[0].folder]}) == 1
+        assert len({read_table(folder).digest for folder in (*map(Path, folders), stores[0].folder)}) == 1
     record["socket_seconds"] = bare_sockets(weights, args.rounds)
     record["host_ratio"] = record["host_seconds"] / record["copy_seconds"]
     record["tcp_ratio"] = record["tcp_seconds"] / record["socket_seconds"]

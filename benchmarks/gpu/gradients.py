@@ -62,7 +62,8 @@ def gradient(policy: Any, batch: TrainBatch) -> dict[str, Tensor]:
 
 def hugging_face_gradient(path: Path, batch: TrainBatch, device: str) -> dict[str, Tensor]:
     """Of the same objective in float32: with equal old and new log-probabilities each token's is its advantage's share."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.to(device)
     spans = zip(
         batch.tokens.split(batch.lengths.tolist()), batch.prompt_lengths.tolist(), batch.advantages, strict=True
     )

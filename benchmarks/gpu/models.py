@@ -103,7 +103,8 @@ def one_rank(device: str) -> Iterator[dist.ProcessGroup]:
 
 def hugging_face_logprobs(path: Path, dtype: torch.dtype, batch: TrainBatch, device: str) -> Tensor:
     """[T] of every token but each sequence's first, one sequence at a time, in float32 from the logits on."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model.to(device)
     scored = []
     with torch.no_grad():
         for ids in batch.tokens.split(batch.lengths.tolist()):

@@ -51,7 +51,7 @@ def inputs(tokens: int, hidden: int, vocab: int, device: str) -> tuple[Tensor, T
     torch.manual_seed(0)
     states = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16).requires_grad_()
     weight = (torch.randn(vocab, hidden, device=device, dtype=torch.bfloat16) / hidden**0.5).requires_grad_()
-    weight.main_grad = torch.zeros(vocab, hidden, device=device)  # type: ignore[attr-defined]
+    weight.main_grad = torch.zeros(vocab, hidden, device=device)
     return states, weight, torch.randint(0, vocab, (tokens,), device=device)
 
 
