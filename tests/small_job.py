@@ -16,10 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from nemo_dapo.coordination import StoppedError, lead, share_number
+from nemo_dapo.coordination import StoppedError, is_true_anywhere, lead, share_number
 from nemo_dapo.ending import Ending
 from nemo_dapo.heartbeat import Heartbeat
 
@@ -48,8 +47,8 @@ def step(number: int, ending: Ending, group: dist.ProcessGroup) -> None:
             if "stuck" in OPTIONS and dist.get_rank() == 1:
                 with ending.phase.enter("sync"):
                     time.sleep(600)
-            while not (FOLDER / "go_on").exists():
-                dist.all_reduce(torch.ones(1), group=group)
+            # All agree on having seen the file, or one would wait in the barrier and the other for one more round.
+            while not is_true_anywhere((FOLDER / "go_on").exists(), group):
                 time.sleep(0.01)
             dist.barrier(group=group)
 
