@@ -124,7 +124,6 @@ TAIL = {
     "rollout.vllm.max_model_len": 1056,
     "rollout.vllm.kv_cache_memory_bytes": 2**30,  # 2 KiB a token, 256 answers of the longest are 0.5 GiB
     "reward.overlong.buffer": 0,
-    "optimizer.lr": 3e-4,  # more tokens decide nothing
 }
 LARGE = {"rollout.vllm.kv_cache_memory_bytes": 2**30}  # 20 KiB a token
 TASKS = {
