@@ -6,14 +6,17 @@ from pathlib import Path
 
 import torch
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 
 def tensors(run_dir: Path, step: int, prefix: str = "") -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint whose name starts so: weights, fp32 copies, Adam's moments."""
     reader = dcp.FileSystemReader(run_dir / "checkpoints" / f"step_{step:06d}" / "policy")
-    found = reader.read_metadata().state_dict_metadata
-    names = [name for name, kind in found.items() if name.startswith(prefix) and hasattr(kind, "size")]
-    loaded = {name: torch.empty(found[name].size, dtype=found[name].properties.dtype) for name in names}
+    loaded = {
+        name: torch.empty(kind.size, dtype=kind.properties.dtype)
+        for name, kind in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(kind, TensorStorageMetadata)
+    }
     dcp.load(loaded, storage_reader=reader, no_dist=True)
     return loaded
 

@@ -358,10 +358,15 @@ OBJECT_COLLECTIVES = ("all_gather_object", "broadcast_object_list", "gather_obje
 
 def exports(job: Job) -> dict[str, Any]:
     """Two exports with an update in between, the object collectives during each, and what an export without tasks gives."""
-    policy, counts, calls = job.policy(TP2PP2, "qwen2_tied"), [], []
+    policy, counts = job.policy(TP2PP2, "qwen2_tied"), []
+    calls: list[str] = []
 
     def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: (calls.append(collective.__name__), collective(*args, **kwargs))[1]
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(collective.__name__)
+            return collective(*args, **kwargs)
+
+        return call
 
     with contextlib.ExitStack() as patches:
         for name in OBJECT_COLLECTIVES:
@@ -614,18 +619,18 @@ def another_layout(job: Job) -> str:
 
 def stage_round(layout: Layout, precision: Precision) -> Callable[[Job], dict[str, Any]]:
     """Two updates with all memory on the device; then the same with a round through every stage between them."""
-    in_words = {"precision": precision, "with_reference": True}
+    in_words: dict[str, Any] = {"precision": precision, "with_reference": True}
 
     def scenario(job: Job) -> dict[str, Any]:
         batch, folder = make_train_batch(), f"stages-{job.world_size}-{layout.tp}{layout.pp}{precision.value}"
         plain = job.policy(layout, **in_words)
-        expected = {"first": values(plain.update(batch, LOSS, None)), "scores": plain.logprobs(batch)}
+        expected: dict[str, Any] = {"first": values(plain.update(batch, LOSS, None)), "scores": plain.logprobs(batch)}
         expected |= {"reference": plain.reference_logprobs(batch), "next": values(plain.update(batch, LOSS, None))}
         expected |= {"weights": weights_of(plain)}
 
         policy = job.policy(layout, **in_words, offload=True)
-        seen: dict[str, Any] = {"refused": refused_orders(policy)}
-        got = {"first": values(policy.update(batch, LOSS, None))}
+        seen: dict[Stage | str, Any] = {"refused": refused_orders(policy)}
+        got: dict[str, Any] = {"first": values(policy.update(batch, LOSS, None))}
         held = held_tensors(policy)
         before = {name: tensor.clone() for name, tensor in held.items()}
         _save(job, policy, f"{folder}-train")
@@ -686,9 +691,10 @@ def refused_orders(policy: Any) -> dict[tuple[Stage, Stage], str]:
     return {(policy.stage, stage): error_of(functools.partial(policy.enter, stage)) for stage in wrong}
 
 
-def ledger_of_made_up_readings(job: Job) -> dict[str, Any]:
+def ledger_of_made_up_readings(job: Job) -> dict[Any, Any]:
     """Rank 1 alone is short of memory, first for the servers' weights, then for their cache."""
-    policy, out = job.policy(Layout(), offload=True, servers=ServerMemory(weights=10 * GIB, cache=40 * GIB)), {}
+    policy = job.policy(Layout(), offload=True, servers=ServerMemory(weights=10 * GIB, cache=40 * GIB))
+    out: dict[Any, Any] = {}
     policy.update(make_train_batch(), LOSS, None)
     short = Reading(free=5 * GIB, total=80 * GIB, allocated=30 * GIB, reserved=33 * GIB)
     roomy = Reading(free=60 * GIB, total=80 * GIB, allocated=2 * GIB, reserved=3 * GIB)
@@ -760,14 +766,15 @@ def non_finite(layout: Layout) -> Callable[[Job], dict[str, Any]]:
     return scenario
 
 
-def own_gradient(job: Job) -> dict[str, Any]:
+def own_gradient(job: Job) -> dict[Any, Any]:
     """Whether this rank's gradient counts as finite when its own shard, or another one, holds what it should not.
 
     `reduced`: the reduce-scatter has begun, as `overlap_grad_reduce` has it.
     """
     from nemo_dapo.megatron.culprits import own_parts
 
-    buffer, out = job.policy(Layout()).model[0].buffers[0], {}
+    buffer = job.policy(Layout()).model[0].buffers[0]
+    out: dict[Any, Any] = {}
     for reduced in (False, True):
         buffer.ddp_config.overlap_grad_reduce = reduced
         for shard in range(job.world_size):
@@ -827,13 +834,15 @@ def sharded_scores(job: Job) -> dict[str, Any]:
     """`score_targets` of 2 vocabulary shards of 96 rows; with 90 of them real the second holds nothing but padding."""
     from nemo_dapo.megatron.logprobs import score_targets
 
+    everyone = dist.group.WORLD
+    assert everyone is not None
     out = {}
     for name, vocab_size in (("both", 150), ("padding", 90)):
         hidden, weight, targets = score_inputs(vocab_size, rows=192)
         shard = weight.chunk(2)[job.rank].clone().requires_grad_()
         hidden.requires_grad_()
         logprobs, entropy = score_targets(
-            hidden, shard, targets, group=dist.group.WORLD, vocab_size=vocab_size, temperature=0.7
+            hidden, shard, targets, group=everyone, vocab_size=vocab_size, temperature=0.7
         )
         out[name] = with_gradients(logprobs, entropy, hidden, shard)
     return out

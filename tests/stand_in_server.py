@@ -119,7 +119,7 @@ def close(handler: Handler) -> None:
 
 
 def answer(body: bytes, status: int = 200, **headers: str) -> Act:
-    return lambda handler: say(handler, body, status, **headers)
+    return lambda handler: say(handler, body, status, None, **headers)
 
 
 class Handler(BaseHTTPRequestHandler):

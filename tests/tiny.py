@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -64,7 +65,7 @@ def save_tiny_tokenizer(path: Path) -> None:
 def said(text: str, finish_reason: str = "stop") -> Sample:
     """A sample that says `text` in the tokens of `tiny_tokenizer`."""
     ids = tiny_tokenizer().encode(text)
-    return Sample(ids, (-0.5,) * len(ids), finish_reason)
+    return Sample(ids, np.full(len(ids), -0.5, np.float32), finish_reason)
 
 
 def save_tiny_model(
