@@ -166,7 +166,8 @@ def test_nodes_are_lost_at_any_time_and_come_back_by_themselves_with_the_newest_
         cluster.kill(name)
     cluster.engine.upkeep.fleet.patience = 2.0
     expected = (
-        r"(?s)0 of 2 vLLM servers are left, rollout.min_servers=1 .*server 0 on n1 .* lost; .*server 1 on n2 .* lost"
+        r"(?s)0 of 2 vLLM servers are left, rollout.min_servers=1 must be and no other came back .*, and resume\): "
+        r"vLLM server 0 on n1 .* is lost with its node n1: .*; vLLM server 1 on n2 .* is lost with its node n2: "
     )
     with pytest.raises(SickError, match=expected):
         cluster.sampled()

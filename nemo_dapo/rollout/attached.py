@@ -61,7 +61,7 @@ class AttachedServers:
             self._wait_healthy(server, deadline)
 
     def _wait_healthy(self, server: AttachedServer, deadline: float) -> None:
-        said = time.monotonic()
+        began = said = time.monotonic()
         port = urllib.parse.urlsplit(server.url).port or 0
         while not asyncio.run(is_healthy(server.url, self.api_key, port)):
             if self.closing.wait(LOOK_SECONDS):
@@ -74,7 +74,8 @@ class AttachedServers:
                 )
             if now - said > SECONDS_BETWEEN_WORDS:
                 said = now
-                print(f"{self.describe(server.index)}: waited for", flush=True)
+                waited = f"{now - began:.0f} s of rollout.start_timeout={self.config.start_timeout:.0f} s"
+                print(f"{self.describe(server.index)}: not healthy yet, waited for {waited}", flush=True)
 
     def alive(self, index: int) -> bool:
         """As far as is known: requests that fail show the rest."""

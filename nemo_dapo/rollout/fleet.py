@@ -16,10 +16,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from nemo_dapo.rollout.admission import Admission, Reading, Seen
-from nemo_dapo.rollout.member import Life, Member
+from nemo_dapo.rollout.member import Life, Member, Servers
 
 log = logging.getLogger(__name__)
 
@@ -39,28 +39,6 @@ class LostServerError(ConnectionError):
 
 class HopelessError(RuntimeError):
     """A restart failed in a way that another one would not mend."""
-
-
-class Servers(Protocol):
-    """What a fleet asks of what its servers run on; `nodes.ServingNodes` is one."""
-
-    def alive(self, index: int) -> bool: ...
-
-    def describe(self, index: int) -> str:
-        """Names the server and its log."""
-        ...
-
-    def describe_exit(self, index: int) -> str:
-        """How a server that is not alive ended."""
-        ...
-
-    def is_away(self, index: int) -> bool:
-        """Whether the server's node is lost, so that it cannot be restarted for now."""
-        ...
-
-    async def node_back(self, index: int) -> None:
-        """Returns once it can."""
-        ...
 
 
 class Fleet:
@@ -233,22 +211,21 @@ class Fleet:
     async def _restart(self, member: Member, fault: str) -> None:
         member.is_down = True
         member.life.lost.set_result(fault)
+        past = member.past()
         try:
             while member.restarts < MAX_RESTARTS:
                 if self.servers.is_away(member.index):
                     log.error("%s; it is restarted when a node takes its place", fault)
                     await self.servers.node_back(member.index)
-                member.restarts += 1
-                member.all_restarts += 1
-                log.error("restarting %s: %s", self.describe(member.index), fault)
+                began = time.monotonic()
                 try:
-                    await asyncio.to_thread(self.restart, member.index, fault)
+                    await self._start_anew(member, past, fault)
                     return
                 except HopelessError as problem:
                     fault = str(problem)
                     break
                 except (RuntimeError, OSError, TimeoutError, asyncio.TimeoutError) as problem:
-                    fault = str(problem)
+                    fault, past = str(problem), f"the start before failed after {time.monotonic() - began:.0f} s"
                     member.restarts -= self.servers.is_away(member.index)  # that was not the server's fault
             self._give_up(member, fault)
         finally:
@@ -256,13 +233,27 @@ class Fleet:
             member.is_down = False
             self._serve()
 
+    async def _start_anew(self, member: Member, past: str, fault: str) -> None:
+        """One try; raises what `restart` does."""
+        member.restarts += 1
+        member.all_restarts += 1
+        tries = f"try {member.restarts} of {MAX_RESTARTS} before it is given up"
+        log.error("restarting %s, %s (%s): %s", self.describe(member.index), tries, past, fault)
+        await asyncio.to_thread(self.restart, member.index, fault)
+
     def _give_up(self, member: Member, fault: str) -> None:
-        member.given_up = f"{self.describe(member.index)} is sick after {member.restarts} restart(s) in a row: {fault}"
+        member.given_up = (
+            f"{self.describe(member.index)} is sick after {member.restarts} restart(s) in a row, of {MAX_RESTARTS} at most "
+            f"without a sample in between: {fault}"
+        )
         left = sum(not one.given_up for one in self.members)
         if left < self.least:
             self._end_run("")
             raise SickError(member.given_up if not left else self.too_few.result())
-        log.error("%s; it is given up, the run goes on with %d other(s)", member.given_up, left)
+        log.error(
+            "%s; it is given up, the run goes on with %d other(s), rollout.min_servers=%d; a resume starts it again",
+            *(member.given_up, left, self.least),
+        )
 
     def _ended(self, member: Member) -> str | None:
         """How the server's process ended, None while it lives."""
@@ -282,10 +273,16 @@ class Fleet:
             left = [one for one in self.members if self.can_serve(one)]
             message = (
                 f"{len(left)} of {len(self.members)} vLLM servers are left, rollout.min_servers={self.least} must be{why}: "
-                + "; ".join(f"{self.describe(one.index)} {self.state(one)}" for one in self.members)
+                + "; ".join(self._condition(one) for one in self.members)
             )
         self.too_few.set_result(message)
         self._serve()
+
+    def _condition(self, member: Member) -> str:
+        """Its state, with the reason where it is no good one."""
+        if member.given_up or not self.servers.is_away(member.index):
+            return member.given_up or f"{self.describe(member.index)} {self.state(member)}"
+        return self.servers.describe_exit(member.index)
 
     def state(self, member: Member) -> str:
         """In a word, for messages: serving, suspect, starting, stale, lost or given up."""
@@ -324,7 +321,10 @@ class Fleet:
             if len(left) >= self.least:
                 enough_at = time.monotonic()
             elif time.monotonic() - enough_at > self.patience:
-                self._end_run(f" and no other came back within rollout.start_timeout={self.patience:.0f} s")
+                self._end_run(
+                    f" and no other came back within rollout.start_timeout={self.patience:.0f} s (bring nodes back, or "
+                    "lower rollout.min_servers, and resume)"
+                )
 
     async def watch(
         self, read: Callable[[int], Awaitable[Reading | None]], timeout: float, paused: Sequence[str]
@@ -361,7 +361,10 @@ class Fleet:
             looked, finished = time.monotonic(), member.finished
             silence = time.monotonic() - life.progress_at
             hangs = bool(member.load) and silence > timeout and member.life is life and not paused
-            fault = f"no token of its {member.load} open samples for {silence:.0f} s (rollout.progress_timeout)"
+            fault = (
+                f"no token of its {member.load} open samples for {silence:.0f} s, expected within "
+                f"rollout.progress_timeout={timeout:g} s"
+            )
             if hangs or not self.servers.alive(member.index):
                 repair = asyncio.ensure_future(self.attend(member, life, fault, is_fatal=hangs))
                 self.leave_to_itself(member, repair)  # whatever it raises, the server is looked at again

@@ -158,7 +158,11 @@ class Hub:
         with contextlib.suppress(asyncio.TimeoutError):
             await within(END_SECONDS, self._empty())
         if left := [node.name for node in self.nodes if node]:
-            log.error("agents of %s did not end; their servers end when they find their lease lost", ", ".join(left))
+            log.error(
+                "agents of %s did not end within %.0f s; their servers end when they find their lease lost, after "
+                "rollout.lease_seconds=%g",
+                *(", ".join(left), END_SECONDS, self.lease),
+            )
         if self._runner:
             await self._runner.cleanup()
 

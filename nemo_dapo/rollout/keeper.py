@@ -84,7 +84,10 @@ class AgentKeeper:
         if self._thread.is_alive():
             self._thread.join(GRACE_SECONDS + END_GRACE_SECONDS)
         if self._process and self._process.poll() is None:
-            log.error("the guardian of the agent (pid %d) did not end; killing it", self._process.pid)
+            log.error(
+                "the guardian of the agent of node %s (pid %d) did not end within %.0f s; killing it",
+                *(self.store.node, self._process.pid, GRACE_SECONDS + END_GRACE_SECONDS),
+            )
             self._process.kill()
         self.store.close()
 

@@ -216,7 +216,8 @@ class ServingNodes:
                 raise RuntimeError(self._refusals() or self.keeper.failed)
             if (now := time.monotonic()) - said > SECONDS_BETWEEN_WORDS:
                 said = now
-                print(f"vLLM servers: starting for {now - started:.0f} s; {self.describe_start()}", flush=True)
+                waited = f"{now - started:.0f} s of rollout.start_timeout={self.config.start_timeout:.0f} s"
+                print(f"vLLM servers: starting for {waited}; {self.describe_start()}", flush=True)
         if not future.done():
             future.cancel()
             raise ServersClosedError("vLLM servers were not ready yet when the run ended")
@@ -329,7 +330,10 @@ class ServingNodes:
         except CallFailedError as failed:
             raise ERRORS.get(failed.error_class, RuntimeError)(str(failed)) from failed
         except asyncio.TimeoutError as late:
-            raise TimeoutError(f"node {node.name} did not {action} its servers within {limit:.0f} s") from late
+            what = "its servers" if index < 0 else f"vLLM server {index}"
+            raise TimeoutError(
+                f"node {node.name} did not {action} {what} within {limit:.0f} s: see {self.log_dir(node.name) / AGENT_LOG}"
+            ) from late
 
     def _note(self, node: Node) -> None:
         self.last[node.plan.slot] = node

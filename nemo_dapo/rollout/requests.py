@@ -143,7 +143,10 @@ class Requests:
             if late > MAX_LATE:
                 raise TimeoutError(f"{fault}, {late} times; raise rollout.request_timeout or see the server's log")
             if tries >= MAX_TRIES:
-                raise RuntimeError(f"{tries} answers for prompt {prompt.uid} could not be used; the last: {fault}")
+                raise RuntimeError(
+                    f"{tries} answers for prompt {prompt.uid} could not be used; the last: {fault}; see the server's log, "
+                    "and whether the environment of rollout.python has this version of the package"
+                )
             if life.said.is_new(fault):  # all that a server has open may fail at once, by the thousand
                 log.warning("prompt %s will be sent again: %s", prompt.uid, fault)
             await fleet.report(member, life, fault, is_fatal=is_late)
@@ -151,7 +154,8 @@ class Requests:
             if lost > MAX_LOST:
                 raise RuntimeError(
                     f"servers had to be restarted {lost} times while they sampled prompt {prompt.uid} "
-                    f"({len(prompt.token_ids)} tokens); the last: {fault}"
+                    f"({len(prompt.token_ids)} tokens), expected at most {MAX_LOST}; the last: {fault}; see the servers' "
+                    "logs, and take the prompt out of the data where it is always this one"
                 )
             await asyncio.sleep(backoff)
             member = await fleet.take(1, is_retry=True)
@@ -200,7 +204,10 @@ class Requests:
                 return answer
             if life.lost.done():
                 raise LostServerError(life.lost.result())
-            raise LateError(f"no sample of prompt {uid} within rollout.request_timeout={limit:.0f} s")
+            raise LateError(
+                f"no sample of prompt {uid} within rollout.request_timeout={limit:.0f} s, {progress.received.size} of at "
+                f"most {whole.max_tokens} tokens came"
+            )
         finally:
             request.cancel()
             await asyncio.wait({request})

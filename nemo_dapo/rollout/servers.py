@@ -227,7 +227,8 @@ class VLLMServers:
                 return
             if now - said > SECONDS_BETWEEN_WORDS:
                 said = now
-                print(f"vLLM server {server.index}: starting for {now - started:.0f} s, {server.log_path}", flush=True)
+                waited = f"{now - started:.0f} s of rollout.start_timeout={self.config.start_timeout:.0f} s"
+                print(f"vLLM server {server.index}: starting for {waited}, {server.log_path}", flush=True)
             self.closing.wait(0.2)
         raise TimeoutError(
             f"vLLM server {server.index} was not healthy after {time.monotonic() - started:.0f} s; expected within "
@@ -254,7 +255,10 @@ class VLLMServers:
         try:
             process.wait(timeout=2 * END_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            log.error("the guardian of vLLM server %d (pid %d) did not end; killing it", server.index, process.pid)
+            log.error(
+                "the guardian of vLLM server %d (pid %d) did not end within %.0f s; killing it",
+                *(server.index, process.pid, 2 * END_GRACE_SECONDS),
+            )
             process.kill()
             process.wait()
         kill_session(str(server.session_path))  # a guardian that was killed leaves the process with the model
