@@ -610,6 +610,10 @@ def test_a_server_that_fails_at_an_update_is_restarted_and_gets_it_again(sick, r
     assert wait_for(lambda: servers.restarts == [0])
     assert wait_for(lambda: server.version == "5")
     assert "restarting vLLM server 0 (pid 0, server_0.log)" in caplog.text
+    if sick in (stand.hang, stand.trickle):
+        assert re.search(
+            rf"vLLM server 0 .*: it did not .* within rollout.(sync|progress)_timeout=1 s \({route} of ", caplog.text
+        )
 
 
 @pytest.mark.parametrize("route", ["/pause", verify.ROUTE])
@@ -988,6 +992,19 @@ def test_a_server_that_dies_while_it_is_told_what_a_fresh_one_must_know_is_resta
         r"restarting vLLM server 0 \(pid 0, server_0.log\), try 2 of 3 .*: RemoteProtocolError", caplog.text
     )
     assert generate(engine)
+
+
+def test_a_server_that_hangs_at_a_start_is_named_with_its_log_and_at_what(start, engine_over):
+    server = start()
+    server.sick_calls["/weight_info"] = [stand.hang]
+    engine = engine_over(StandInServers(closed_url(), server.url), sync_timeout=0.5)
+    named = r"vLLM server 1 \(pid 0, server_1.log\): it did not take what a fresh server needs within "
+    with pytest.raises(TimeoutError, match=named + r"rollout.sync_timeout=0.5 s \(/weight_info of http"):
+        engine.upkeep.prepare(1)
+    with pytest.raises(
+        ConnectionError, match=r"vLLM server 0 \(pid 0, server_0.log\): it was to take what a fresh server"
+    ):
+        engine.upkeep.prepare(0)
 
 
 def test_the_watch_goes_on_whatever_a_restart_raises(caplog):

@@ -132,7 +132,7 @@ def process(tmp_path) -> Iterator[tuple[subprocess.Popen[str], Place]]:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [(signal.SIGSTOP, "TimeoutError"), (signal.SIGKILL, "ConnectionRefusedError")]
+    ("how", "said"), [(signal.SIGSTOP, "s were over before {} had "), (signal.SIGKILL, "ConnectionRefusedError")]
 )
 def test_a_receiver_that_is_stopped_or_dead_is_dropped_with_its_name_while_the_others_complete(
     how, said, process, node, monkeypatch
@@ -145,7 +145,7 @@ def test_a_receiver_that_is_stopped_or_dead_is_dropped_with_its_name_while_the_o
         running.wait()
     outcomes = send(plan_for(sick, place)).outcomes
     assert outcomes[0].name == "sick"
-    assert said in outcomes[0].fault
+    assert said.format(sick.address) in outcomes[0].fault
     assert arrived(store, 1, outcomes[1].digest)
 
 
@@ -173,7 +173,8 @@ def test_no_receiver_holds_an_update_up_beyond_its_deadline():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         place = Place("slow", "/nowhere", ELSEWHERE, f"127.0.0.1:{listener.getsockname()[1]}")
         (outcome,) = send(plan_for(place, seconds=0.5)).outcomes
-    assert "TimeoutError" in outcome.fault
+    assert f"s were over before {place.address} had " in outcome.fault
+    assert "/weights/1/" in outcome.fault
 
 
 def test_a_node_that_neither_has_a_receiver_nor_is_this_host_is_named():

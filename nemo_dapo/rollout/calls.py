@@ -51,22 +51,29 @@ class Calls:
         if not self._servers.alive(member.index):
             return self._servers.describe_exit(member.index)
         try:
-            await self.call(member.index, action, limit)
+            await self.call(member.index, purpose, action, limit)
             return None
-        except TimeoutError as late:
-            problem = f"it did not {purpose} within {limit.option}={limit.seconds:.0f} s ({late})"
-        except (ConnectionError, RuntimeError) as error:
-            problem = f"it was to {purpose}: {type(error).__name__}: {error}"
-        return f"{self._servers.describe(member.index)}: {problem}"
+        except (TimeoutError, ConnectionError) as named:
+            return str(named)
+        except RuntimeError as error:
+            return f"{self._servers.describe(member.index)}: it was to {purpose}: {type(error).__name__}: {error}"
 
-    async def call(self, index: int, action: ServerCall[T], limit: Limit) -> T:
-        """Run `action` on a server within `limit`; raises ServerDiedError once it cannot answer any more.
+    async def call(self, index: int, purpose: str, action: ServerCall[T], limit: Limit) -> T:
+        """Run `action` on a server within `limit`; raises TimeoutError, or ServerDiedError once it cannot answer any more,
+        which name the server, its log and `purpose`, beside what `action` raises.
 
         A call that waits for an engine process which is gone would wait for ever: vLLM's /pause does.
         """
-        deadline = time.monotonic() + limit.seconds
+        deadline, who = time.monotonic() + limit.seconds, self._servers.describe(index)
         try:
             async with control.client(self._servers.servers[index].url, self._servers.headers) as http:
                 return await control.unless(death(self._servers, index, PULSE_SECONDS), action(http, deadline))
-        except httpx.TransportError as broken:  # no OSError, as whoever restarts servers expects
-            raise control.ServerDiedError(f"{type(broken).__name__}: {broken}") from broken
+        except TimeoutError as late:
+            within = f"within {limit.option}={limit.seconds:g} s"
+            raise TimeoutError(f"{who}: it did not {purpose} {within} ({late})") from late
+        except (
+            httpx.TransportError,
+            ConnectionError,
+        ) as broken:  # the former no OSError, as who restarts servers expects
+            problem = f"{type(broken).__name__}: {broken}"
+            raise control.ServerDiedError(f"{who}: it was to {purpose}: {problem}") from broken

@@ -45,7 +45,7 @@ async def ask(http: httpx.AsyncClient, method: str, route: str, deadline: float,
     remaining = deadline - time.monotonic()
     where = f"{route} of {http.base_url}"
     if remaining <= 0:
-        raise TimeoutError(f"no time left for {where}; raise rollout.sync_timeout")
+        raise TimeoutError(f"no time is left for {where}")
     asking = asyncio.ensure_future(_ask(http, method, route, request))
     try:  # not asyncio.wait_for: before Python 3.12 it forgets a cancellation that comes with the answer
         await asyncio.wait({asking}, timeout=remaining)

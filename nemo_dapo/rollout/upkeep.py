@@ -333,9 +333,8 @@ class Upkeep:
 
     def prepare(self, index: int, held: Held | None = None) -> None:
         """What a fresh server needs once: the transfer engine, its version, and the weights that its node holds."""
-        server, reading = asyncio.run(
-            self._calls.call(index, functools.partial(self._agree, held), self._calls.for_weights)
-        )
+        agree, purpose = functools.partial(self._agree, held), "take what a fresh server needs"
+        server, reading = asyncio.run(self._calls.call(index, purpose, agree, self._calls.for_weights))
         if not server.has_frames:
             log.warning(
                 "vLLM server %d does not have our plugin's route: its answers come as JSON, 140 bytes a token instead of "

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import base64
 import logging
-import time
 from collections.abc import Callable, Sequence
 
+from nemo_dapo.rollout.weights.deadline import Deadline
 from nemo_dapo.rollout.weights.nccl import NCCL, Communicator, first_ranks, require_same_version
 from nemo_dapo.rollout.weights.pack import Piece
-from nemo_dapo.rollout.weights.plan import Target
+from nemo_dapo.rollout.weights.plan import Target, named
 from nemo_dapo.rollout.weights.servers import ServerCalls, piece_info
 from nemo_dapo.rollout.weights.table import Table
 
@@ -45,10 +45,10 @@ class BroadcastCarrier:
         self.of, self.targets = tuple(targets), list(targets)
         self.calls, self.nccl, self.make = calls, nccl, communicator
         self.dropped: dict[str, str] = {}
-        self.version, self.deadline = -1, 0.0
+        self.version, self.deadline = -1, Deadline.after(0.0)
         self._group: Communicator | None = None
 
-    def begin(self, version: int, deadline: float) -> None:
+    def begin(self, version: int, deadline: Deadline) -> None:
         self.version, self.deadline = version, deadline
         self._form_group()
 
@@ -76,18 +76,18 @@ class BroadcastCarrier:
     def _broadcast(self, piece: Piece) -> bool:
         """Whether all servers that are left have the piece; where one was lost, in a group without it."""
         assert self._group is not None
-        deadline = self._by(PIECE_SECONDS)
-        info = piece_info(self.version, piece, deadline - time.monotonic())
+        step = f"{named(self.targets)} had the piece of weights {self.version} at byte {piece.offset}"
+        seconds = self.deadline.left(PIECE_SECONDS, step)
+        info = piece_info(self.version, piece, seconds)
         bodies = [{"update_info": {"version": self.version, "piece": info}}] * len(self.targets)
-        calls = self.calls.begin(self.targets, "/update_weights", bodies, deadline)
+        calls = self.calls.begin(self.targets, "/update_weights", bodies, seconds)
         try:
-            self._group.broadcast(piece.data, deadline)
+            self._group.broadcast(piece.data, calls.deadline)
             is_everywhere = True
         except TimeoutError as late:
             log.error("weights %d, byte %d: %s", self.version, piece.offset, late)
             is_everywhere = False
-        faults = self.calls.faults(self.targets, calls, deadline)
-        if faults:
+        if faults := calls.faults():
             self._drop(faults)
         if faults or not is_everywhere:
             self._form_group()
@@ -96,20 +96,22 @@ class BroadcastCarrier:
     def _form_group(self) -> None:
         """A communicator of this rank and all workers of the servers that are left; who does not join is dropped."""
         while self._group is None:
-            deadline = self._by(JOIN_SECONDS)
+            seconds = self.deadline.left(
+                JOIN_SECONDS, f"{named(self.targets)} had joined the NCCL group of weights {self.version}"
+            )
             unique_id, workers = self.nccl.unique_id(), [target.workers for target in self.targets]
             group = {
                 "unique_id": base64.b64encode(unique_id).decode(),
                 "world_size": 1 + sum(workers),
-                "seconds": deadline - time.monotonic(),
+                "seconds": seconds,
             }
             bodies = [{"init_info": {"group": {**group, "first_rank": rank}}} for rank in first_ranks(workers)]
-            calls = self.calls.begin(self.targets, "/init_weight_transfer_engine", bodies, deadline)
+            calls = self.calls.begin(self.targets, "/init_weight_transfer_engine", bodies, seconds)
             try:
-                self._group = self.make(self.nccl, unique_id, 1 + sum(workers), 0, deadline)
+                self._group = self.make(self.nccl, unique_id, 1 + sum(workers), 0, calls.deadline)
             except TimeoutError as late:
                 log.error("weights %d: %s", self.version, late)
-            if faults := self.calls.faults(self.targets, calls, deadline):
+            if faults := calls.faults():
                 self._drop(faults)
 
     def _drop(self, faults: dict[str, str]) -> None:
@@ -121,10 +123,3 @@ class BroadcastCarrier:
             log.error("weights %d no longer go to %s: %s", self.version, name, fault)
         if not self.targets:
             raise ConnectionError(f"no server is left to send weights to: {self.dropped}")
-
-    def _by(self, seconds: float) -> float:
-        """The deadline of a step that may take so long."""
-        now = time.monotonic()
-        if now > self.deadline:
-            raise TimeoutError("the update took longer than rollout.sync_timeout")
-        return min(now + seconds, self.deadline)

@@ -9,7 +9,6 @@ container.
 from __future__ import annotations
 
 import base64
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_dapo.rollout.weights.deadline import Deadline
 from nemo_dapo.rollout.weights.pack import Piece
-from nemo_dapo.rollout.weights.plan import Target
+from nemo_dapo.rollout.weights.plan import Target, named
 from nemo_dapo.rollout.weights.servers import ServerCalls, piece_info
 from nemo_dapo.rollout.weights.table import Table
 
@@ -97,21 +97,24 @@ class CUDAIPCCarrier:
         self.places = [buffer.data_ptr() for buffer in buffers]
         self.meet, self.targets, self.handles, self.calls = meet, list(targets), handles or {}, calls
         self.dropped: dict[str, str] = {}
-        self.version, self.deadline = -1, 0.0
+        self.version, self.deadline = -1, Deadline.after(0.0)
         for target in targets:
             if missing := [gpu for gpu in target.gpus if gpu not in self.handles]:
                 raise ValueError(f"{target.name} has workers on {missing}, where no rank of the trainer is")
 
-    def begin(self, version: int, deadline: float) -> None:
+    def begin(self, version: int, deadline: Deadline) -> None:
         self.version, self.deadline = version, deadline
 
     def carry(self, piece: Piece) -> None:
         """`piece.data` begins where one of the buffers does, and all work on it is done."""
-        buffer = self.places.index(piece.data.data_ptr())
-        self.meet(self._seconds(MEET_SECONDS))
+        buffer, what = (
+            self.places.index(piece.data.data_ptr()),
+            f"the piece of weights {self.version} at byte {piece.offset}",
+        )
+        self.meet(self.deadline.left(MEET_SECONDS, f"every rank of the host had {what}"))
         info = piece_info(self.version, piece, PIECE_SECONDS)
-        self._tell([{**info, "handles": self._handles(target, buffer)} for target in self.targets])
-        self.meet(self._seconds(MEET_SECONDS))
+        self._tell([{**info, "handles": self._handles(target, buffer)} for target in self.targets], what)
+        self.meet(self.deadline.left(MEET_SECONDS, f"every server of the host had copied {what}"))
 
     def commit(self, table: Table) -> None:
         """Nothing is left to carry."""
@@ -125,19 +128,12 @@ class CUDAIPCCarrier:
         """One a worker, of the rank on its GPU."""
         return [self.handles[gpu][buffer].as_json() for gpu in target.gpus]
 
-    def _seconds(self, most: float) -> float:
-        """What is left of the update, `most` at most; raises TimeoutError where nothing is."""
-        if (left := self.deadline - time.monotonic()) <= 0:
-            raise TimeoutError("the update took longer than rollout.sync_timeout")
-        return min(most, left)
-
-    def _tell(self, pieces: Sequence[Any]) -> None:
+    def _tell(self, pieces: Sequence[Any], what: str) -> None:
         """Call /update_weights of each target that is left; one that fails is dropped."""
         if self.calls is None or not self.targets:
             return
-        deadline = time.monotonic() + self._seconds(PIECE_SECONDS)
+        seconds = self.deadline.left(PIECE_SECONDS, f"{named(self.targets)} had copied {what}")
         bodies = [{"update_info": {"version": self.version, "piece": piece}} for piece in pieces]
-        calls = self.calls.begin(self.targets, "/update_weights", bodies, deadline)
-        faults = self.calls.faults(self.targets, calls, deadline)
+        faults = self.calls.begin(self.targets, "/update_weights", bodies, seconds).faults()
         self.dropped |= faults
         self.targets = [target for target in self.targets if target.name not in faults]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from nemo_dapo.rollout.weights.deadline import Deadline
 from nemo_dapo.rollout.weights.pack import Piece
 from nemo_dapo.rollout.weights.store import WeightWriter
 from nemo_dapo.rollout.weights.table import Table
@@ -18,7 +19,7 @@ class HostCarrier:
         self.writer = WeightWriter(folder)
         self.dropped: dict[str, str] = {}
 
-    def begin(self, version: int, deadline: float) -> None:
+    def begin(self, version: int, deadline: Deadline) -> None:
         self.writer.begin()
 
     def carry(self, piece: Piece) -> None:

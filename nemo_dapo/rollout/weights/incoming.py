@@ -46,7 +46,7 @@ class Incoming:
                 self.make_nccl(), unique_id, group["world_size"], rank, deadline, device=self.device
             )
         except TimeoutError as late:
-            log.error("%s", late)
+            log.error("worker %d: %s", self.worker, late)
 
     def leave(self) -> None:
         if self._group is not None:
@@ -96,7 +96,7 @@ class Incoming:
         try:
             self._group.broadcast(data, time.monotonic() + piece["seconds"])
         except TimeoutError as late:
-            log.error("%s", late)
+            log.error("worker %d, byte %d: %s", self.worker, piece["offset"], late)
             self._group = None
             return None
         return data

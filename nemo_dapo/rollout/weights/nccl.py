@@ -146,20 +146,21 @@ class Communicator:
             except RuntimeError as problem:
                 joined.append(problem)
 
-        thread = threading.Thread(target=join, name="NCCL", daemon=True)
+        thread, seconds = threading.Thread(target=join, name="NCCL", daemon=True), max(0.0, deadline - time.monotonic())
         thread.start()
-        thread.join(max(0.0, deadline - time.monotonic()))
+        thread.join(seconds)
         if not joined:
-            raise TimeoutError(f"not all of {world_size} ranks joined the NCCL group in time")
+            raise TimeoutError(f"not all of {world_size} ranks joined the NCCL group within {seconds:.0f} s")
         if isinstance(joined[0], Exception):
             raise joined[0]
         return joined[0]
 
     def _finish(self, work: Work, deadline: float) -> None:
+        seconds = deadline - time.monotonic()
         while not work.query():
             if time.monotonic() > deadline:
                 self.abort()
-                raise TimeoutError("an NCCL call did not return in time: a peer hangs or is gone")
+                raise TimeoutError(f"an NCCL call did not return within {seconds:.0f} s: a peer hangs or is gone")
             time.sleep(POLL_SECONDS)
 
 

@@ -63,6 +63,10 @@ class Target:
         return len(self.gpus)
 
 
+def named(targets: Sequence[Target]) -> str:
+    return ", ".join(target.name for target in targets)
+
+
 @dataclass(frozen=True)
 class UpdatePlan:
     """One update; `seconds` are from the plan to the last byte, `token` is the receivers', `key` the servers'.

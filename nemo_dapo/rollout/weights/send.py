@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from http.client import HTTPException
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from nemo_dapo.hf_folder import ExpectedWeights
 from nemo_dapo.rollout.weights.checklist import Checklist
+from nemo_dapo.rollout.weights.deadline import Deadline
 from nemo_dapo.rollout.weights.direct import BUFFERS, Direct
 from nemo_dapo.rollout.weights.host import HostCarrier
 from nemo_dapo.rollout.weights.pack import Piece, dtype_name, pack
@@ -37,8 +37,8 @@ class Carrier(Protocol):
 
     dropped: dict[str, str]  # of several destinations, those that have failed, and why
 
-    def begin(self, version: int, deadline: float) -> None:
-        """`deadline` is of time.monotonic(): nothing may wait for longer."""
+    def begin(self, version: int, deadline: Deadline) -> None:
+        """Nothing may wait for longer than until `deadline`."""
         ...
 
     def carry(self, piece: Piece) -> None:
@@ -96,7 +96,7 @@ class Sender:
     def _send(self, weights: Iterator[tuple[str, Tensor]], plan: UpdatePlan, lanes: list[Lane]) -> Sent:
         ring = self._ring = self._ring or self._make_ring()
         checklist = Checklist(self.expected(), plan.dtype, at_once=self.direct is not None)
-        deadline = time.monotonic() + plan.seconds
+        deadline = Deadline.after(plan.seconds)
         entries: list[Entry] = []
         with contextlib.ExitStack() as stack:
             for lane in lanes:
