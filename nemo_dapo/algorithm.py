@@ -159,15 +159,18 @@ def logprob_gap(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dic
     mask = mask.bool()
     difference = torch.where(mask, logprobs - rollout_logprobs, 0.0)
     weight = torch.where(mask, bounded(difference).exp(), 0.0)
-    found = {
-        "gap": difference.abs().sum(),
+    found = absolute_gap(difference, mask) | {
         "gap_kl": kl_penalty(torch.zeros_like(difference), difference, estimator="k3").sum(),
         "weight": weight.sum(),
         "weight_squared": weight.square().sum(),
-        "tokens": mask.sum(),
-        "gap_max": difference.abs().max(),
     }
     return detached(found, logprobs.dtype)
+
+
+def absolute_gap(difference: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Of |difference| [T] on the tokens of `mask` [T] bool: the sum `gap`, the largest `gap_max`, the number `tokens`."""
+    apart = torch.where(mask, difference, 0.0).abs()
+    return {"gap": apart.sum(), "gap_max": apart.max(), "tokens": mask.sum()}
 
 
 def bounded(log_ratio: Tensor) -> Tensor:

@@ -19,6 +19,11 @@ from nemo_dapo.telemetry.metrics import EffectiveShare, Max, Mean, Metric
 
 SUMS = ("gap", "gap_kl", "weight", "weight_squared", "tokens", "gap_newest", "tokens_newest")
 LARGEST = ("gap_max", "gap_newest_max")
+NEWEST = {
+    "gap": "gap_newest",
+    "tokens": "tokens_newest",
+    "gap_max": "gap_newest_max",
+}  # what they are called of newest tokens
 
 Reduce = Callable[[Tensor, dist.ReduceOp.RedOpType], Tensor]
 """The tensor over all ranks."""
@@ -35,15 +40,12 @@ class Mismatch:
 
     def see(self, old_logprobs: Tensor, micro: MicroBatch) -> None:
         """One micro-batch, whose tokens scored `old_logprobs` [T] under the policy before the step."""
-        found = newest = algorithm.logprob_gap(old_logprobs, micro.rollout_logprobs, micro.mask)
+        found = algorithm.logprob_gap(old_logprobs, micro.rollout_logprobs, micro.mask)
+        newest = found
         if micro.newest is not None:
-            newest = algorithm.logprob_gap(old_logprobs, micro.rollout_logprobs, micro.newest)
-        of_newest = {
-            "gap_newest": newest["gap"],
-            "tokens_newest": newest["tokens"],
-            "gap_newest_max": newest["gap_max"],
-        }
-        found = found | of_newest
+            gap = algorithm.absolute_gap(old_logprobs - micro.rollout_logprobs, micro.newest)
+            newest = algorithm.detached(gap, old_logprobs.dtype)
+        found |= {NEWEST[name]: newest[name] for name in NEWEST}
         sums, largest = (torch.stack([found[name] for name in names]) for names in (SUMS, LARGEST))
         self._seen.append((sums, largest))
 

@@ -354,6 +354,11 @@ def check_logprob_gap_by_hand(impl: ModuleType) -> None:
     assert not any(value.requires_grad for value in sums.values())
 
 
+def check_absolute_gap_by_hand(impl: ModuleType) -> None:
+    found = impl.absolute_gap(torch.tensor([-1.5, NAN, 0.5, INF]), torch.tensor([True, False, True, False]))
+    assert {name: float(value) for name, value in found.items()} == {"gap": 2.0, "gap_max": 1.5, "tokens": 2.0}
+
+
 CHECKS = {name: check for name, check in dict(globals()).items() if name.startswith("check_")}
 
 

@@ -90,8 +90,8 @@ MUTANTS = {
         'log_ratio, estimator="k3").sum(),\n        "tokens": torch.ones_like(mask).sum()',
     ),
     "masked positions counted in the gap": (
-        '"tokens": mask.sum(),\n        "gap_max"',
-        '"tokens": torch.ones_like(mask).sum(),\n        "gap_max"',
+        'apart.max(), "tokens": mask.sum()',
+        'apart.max(), "tokens": torch.ones_like(mask).sum()',
     ),
     "divergence reversed": (
         'kl_penalty(torch.zeros_like(log_ratio), log_ratio, estimator="k3")',
@@ -134,8 +134,10 @@ MUTANTS = {
     "weights of masked tokens": ("bounded(difference).exp(), 0.0)", "bounded(difference).exp(), 1.0)"),
     "weights of the other side": ("bounded(difference).exp()", "bounded(-difference).exp()"),
     "square of the sum": ("weight.square().sum()", "weight.sum().square()"),
-    "largest with sign": ("difference.abs().max()", "difference.max()"),
-    "gap with sign": ("difference.abs().sum()", "difference.sum()"),
+    "gap with sign": ("torch.where(mask, difference, 0.0).abs()", "torch.where(mask, difference, 0.0)"),
+    "absolute gap not masked": ("torch.where(mask, difference, 0.0)", "difference"),
+    "the largest is the mean": ("apart.max()", "apart.mean()"),
+    "the gap is the mean": ("apart.sum()", "apart.mean()"),
     "gap not masked": ("torch.where(mask, logprobs - rollout_logprobs, 0.0)", "logprobs - rollout_logprobs"),
     "gap divergence reversed": (
         'kl_penalty(torch.zeros_like(difference), difference, estimator="k3")',

@@ -242,6 +242,40 @@ def test_the_newest_tokens_have_a_gap_of_their_own() -> None:
     assert measured([micro]).keys() == found.keys() - {"gap_newest", "gap_newest_max"}  # of no tokens there is none
 
 
+def test_the_newest_tokens_figures_are_those_of_a_whole_look_at_them_of_newestto_the_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks, whole = [], algorithm.logprob_gap
+
+    def counted(*tensors: Tensor) -> dict[str, Tensor]:
+        looks.append(tensors)
+        return whole(*tensors)
+
+    monkeypatch.setattr(algorithm, "logprob_gap", counted)
+    generator = torch.Generator().manual_seed(5)
+    micro = micro_batch(MIXED)
+    micro.mask = torch.rand(997, generator=generator) < 0.7
+    micro.newest = micro.mask & (torch.rand(997, generator=generator) < 0.3)
+    micro.rollout_logprobs = -3 * torch.rand(997, generator=generator)
+    old = torch.where(micro.mask, -3 * torch.rand(997, generator=generator), math.nan).requires_grad_()
+    mismatch = Mismatch()
+    mismatch.see(old, micro)
+    of_newest = whole(old, micro.rollout_logprobs, micro.newest)
+    of_all = whole(old, micro.rollout_logprobs, micro.mask)
+    ((sums, largest),) = mismatch._seen
+    names = ("gap", "gap_kl", "weight", "weight_squared", "tokens")
+    assert sums.tolist() == [
+        *(float(of_all[name]) for name in names),
+        float(of_newest["gap"]),
+        float(of_newest["tokens"]),
+    ]
+    assert largest.tolist() == [float(of_all["gap_max"]), float(of_newest["gap_max"])]
+    assert float(of_newest["gap"]) < 0.5 * float(of_all["gap"])
+    assert not (sums.requires_grad)
+    assert not (largest.requires_grad)
+    assert len(looks) == 1  # of all tokens; of the newest no weights and no divergence are worked out
+
+
 def test_the_mismatch_does_not_depend_on_micro_batches() -> None:
     lengths = torch.tensor([3, 5, 4, 6])
     batch = TrainBatch(
