@@ -50,7 +50,8 @@ class Sinks:
 
 
 class MetricsJsonl:
-    """One JSON object a line, `{"step": 3, "rollout/accuracy": 0.5, ...}`; a number that is not finite is `null`.
+    """One JSON object a line, `{"step": 3, "wall_time": 1795973521.046, "rollout/accuracy": 0.5, ...}`; a number that is
+    not finite is `null`. `wall_time` is when the line was written, in seconds since 1970: so other logs can be laid beside.
 
     `resumed_step` is the checkpoint's step: later lines belong to steps that will be run again and are removed. None is a
     run that starts anew, after `start_anew`.
@@ -66,7 +67,9 @@ class MetricsJsonl:
     def log(self, step: int, record: Mapping[str, float]) -> None:
         # JSON has no NaN: with it, no other reader than Python's accepts the file.
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
+        self._file.write(
+            json.dumps({"step": step, "wall_time": round(time.time(), 3)} | finite, allow_nan=False) + "\n"
+        )
         self._file.flush()
 
     def close(self) -> None:
