@@ -95,7 +95,9 @@ def watch_ranks(config: RunConfig, ending: Ending, group: Any) -> None:
     seconds = config.parallel.heartbeat_timeout
     if entry.world_size() > 1 and seconds:
         errors = Path(config.output_dir) / "errors"
-        ending.heartbeat = Heartbeat(ending.phase, seconds, errors, ending.end_job)
+        ending.heartbeat = Heartbeat(
+            ending.phase, seconds, config.parallel.timeout_minutes * 60, errors, ending.end_job
+        )
         ending.heartbeat.start(group)
 
 

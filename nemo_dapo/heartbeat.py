@@ -6,6 +6,10 @@ lock; a rank that is stopped, or whose host is gone, does not. Rank 0 reads all 
 finds one silent for too long says so once for the job; then every rank that can writes its stacks to `errors/rank_N.stacks`
 and the job ends.
 
+A rank that hangs in a kernel is not silent: it beats, while the others wait in a collective, which PyTorch ends at its time
+limit; between GPUs it ends the process too. Shortly before, whoever waits there says where all ranks are, and they write
+their stacks. Nothing is ended for it.
+
 The store lives in torchrun. Where it does not answer, nothing is concluded of anybody.
 """
 
@@ -26,6 +30,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from nemo_dapo import flight_recorder
+from nemo_dapo.flight_recorder import Unfinished
 from nemo_dapo.phase import Phase
 
 log = logging.getLogger(__name__)
@@ -35,7 +41,7 @@ BEATS_UNTIL_SUSPECT = 3  # missed by a rank that is named once a collective has 
 STORE_SECONDS = 20.0  # for one call of the store
 STACKS_SECONDS = 10.0  # for the other ranks to write theirs before the first one to exit ends them all
 NAMED = 8  # ranks in one message
-VERDICT, WRITTEN, ENDED = "verdict", "stacks written", "ended"
+VERDICT, WRITTEN, ENDED, ASKED = "verdict", "stacks written", "ended", "asked for stacks"
 
 
 @dataclass(frozen=True)
@@ -47,15 +53,16 @@ class Beat:
     phase: str
     step: int
     since: float  # of the phase, by the rank's own clock
+    waits: str = ""  # for which collective, in a phase that lasts long
 
     def __str__(self) -> str:
-        return (
-            f"{self.phase} of step {self.step} on {self.host} since {time.strftime('%T', time.localtime(self.since))}"
-        )
+        since = time.strftime("%T", time.localtime(self.since))
+        return f"{self.phase} of step {self.step} on {self.host} since {since}" + (self.waits and f", in {self.waits}")
 
 
 class Heartbeat:
-    """Of one rank, from `start` to `stop`; `timeout` seconds of silence end the job.
+    """Of one rank, from `start` to `stop`; `timeout` seconds of silence end the job, `collective_timeout` are those that
+    PyTorch gives a collective.
 
     `end(message, speaks)` must end this process: by the message where `speaks`, in silence otherwise.
     """
@@ -64,11 +71,13 @@ class Heartbeat:
         self,
         phase: Phase,
         timeout: float,
+        collective_timeout: float,
         errors: Path,
         end: Callable[[str, bool], object],
         store: dist.Store | None = None,
     ) -> None:
-        self.phase, self.timeout, self.errors, self.end = phase, timeout, errors, end
+        self.phase, self.timeout, self.collective_timeout = phase, timeout, collective_timeout
+        self.errors, self.end = errors, end
         self.store = store or connect()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.interval = min(SECONDS_BETWEEN_BEATS, timeout / 6)
@@ -76,6 +85,8 @@ class Heartbeat:
         self.beats: dict[int, Beat] = {}
         self.heard: dict[int, float] = {}  # when a beat last changed, by this rank's monotonic clock
         self.count = 0
+        self.open: list[Unfinished] = []  # of this rank's collectives; looked for where a phase lasts long
+        self.stacks_given = 0  # to those who asked
         self.has_judged = False
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -121,7 +132,7 @@ class Heartbeat:
         while not self.ended.is_set():
             self.phase.changed.wait(self.interval)
             self.phase.changed.clear()
-            answered = self._try(self._beat) and self._try(self._look)
+            answered = self._try(self._beat) and self._try(self._look) and self._try(self._warn)
             if not answered or time.monotonic() - looked > self.timeout / 2:
                 # The store was away, or this process: a suspended job wakes up rank by rank.
                 self.heard = dict.fromkeys(self.heard, time.monotonic())
@@ -136,12 +147,25 @@ class Heartbeat:
 
     def _beat(self) -> None:
         self.count += 1
-        at = self.phase
-        self.store.set(str(self.rank), json.dumps([self.count, socket.gethostname(), at.name, at.step, at.since]))
+        at, waits = self.phase, self._look_for_open_ones()
+        word = [self.count, socket.gethostname(), at.name, at.step, at.since, waits]
+        self.store.set(str(self.rank), json.dumps(word))
+
+    def _look_for_open_ones(self) -> str:
+        """What this rank waits in, in words; empty early in a phase, where no CUDA event may be asked: another thread may
+        be capturing a graph."""
+        self.open = []
+        if time.time() - self.phase.since < self.collective_timeout / 2:
+            return ""
+        self.open = flight_recorder.unfinished()
+        return str(self.open[0]) if self.open else "no collective"
 
     def _look(self) -> None:
         if not self.has_judged and self.store.check([VERDICT]):
             self._end(self.store.get(VERDICT).decode(), speaks=False)
+        if (asked := self.store.add(ASKED, 0)) > self.stacks_given:
+            self.stacks_given = asked
+            self._write_stacks("asked for by a rank that waits")
         now = time.monotonic()
         found = self._read(self.watched)
         for rank, beat in found.items():
@@ -149,6 +173,20 @@ class Heartbeat:
                 self.heard[rank] = now
         self.beats = found
         self.heard = {rank: when for rank, when in self.heard.items() if rank in found}
+
+    def _warn(self) -> None:
+        """Before PyTorch ends a collective of this rank: say once a phase who waits where, and have all write stacks."""
+        if not (self.open and self.open[0].is_about_to_end()):
+            return
+        if not self.first_to_say(f"waits long in {self.phase.name} of step {self.phase.step}"):
+            return
+        late = self.open[0]
+        self.store.add(ASKED, 1)
+        log.error(
+            f"rank {self.rank} waits since {late.since_when()} in {late}, which PyTorch ends after {late.timeout:.0f} s "
+            f"(parallel.timeout_minutes): {survey(self._read(range(self.world)), [])}; "
+            f"the stacks of all ranks are in {self.errors}"
+        )
 
     def _read(self, ranks: Sequence[int]) -> dict[int, Beat]:
         """The beats of those of `ranks` that have not ended."""
@@ -164,11 +202,7 @@ class Heartbeat:
         self._end(message, speaks=speaks, expected=self.world - len(silent))
 
     def _end(self, message: str, *, speaks: bool, expected: int = 0) -> None:
-        self.errors.mkdir(parents=True, exist_ok=True)
-        with (self.errors / f"rank_{self.rank}.stacks").open("w") as file:
-            file.write(f"rank {self.rank}, {self.phase.name} of step {self.phase.step}: {message}\n\n")
-            file.flush()
-            faulthandler.dump_traceback(file)
+        self._write_stacks(message)
         written = [0]
         self._try(lambda: written.append(self.store.add(WRITTEN, 1)))
         deadline = time.monotonic() + STACKS_SECONDS
@@ -176,6 +210,16 @@ class Heartbeat:
             time.sleep(0.1)
             self._try(lambda: written.append(self.store.add(WRITTEN, 0)))
         self.end(f"{message}; stacks of those that could write them are in {self.errors}", speaks)
+
+    def _write_stacks(self, message: str) -> None:
+        self.errors.mkdir(parents=True, exist_ok=True)
+        with (self.errors / f"rank_{self.rank}.stacks").open("a") as file:
+            at = f"{self.phase.name} of step {self.phase.step}"
+            file.write(f"{time.strftime('%F %T')} rank {self.rank}, {at}: {message}\n")
+            file.writelines(f"not ended, since {one.since_when()}: {one}\n" for one in self.open)
+            file.flush()
+            faulthandler.dump_traceback(file)
+            file.write("\n")
 
     def _try(self, call: Callable[[], object]) -> bool:
         """Whether the store answered; the job may be at its end, or torchrun stopped or gone."""
@@ -204,10 +248,10 @@ def survey(beats: dict[int, Beat], silent: Sequence[int]) -> str:
     parts = [f"rank {rank} is silent, last in {beats[rank]}" for rank in silent[:NAMED]]
     if len(silent) > NAMED:
         parts.append(f"so are {len(silent) - NAMED} more")
-    places: dict[tuple[str, int], list[int]] = {}
+    places: dict[tuple[str, int, str], list[int]] = {}
     for rank, beat in beats.items():
         if rank not in silent:
-            places.setdefault((beat.phase, beat.step), []).append(rank)
+            places.setdefault((beat.phase, beat.step, beat.waits), []).append(rank)
     for ranks in sorted(places.values(), key=len)[:NAMED]:  # the odd ones first
         parts.append(f"{ranks_in_words(ranks)} in {beats[ranks[0]]}")
     return "; ".join(parts)

@@ -65,9 +65,9 @@ def say_where_we_are(ending: Ending) -> None:
 def run(ending: Ending) -> None:
     timeout = datetime.timedelta(seconds=GROUP_TIMEOUT)
     dist.init_process_group("gloo", timeout=timeout)
-    group = dist.new_group(backend="gloo", timeout=timeout)
+    group = dist.new_group(backend="gloo", timeout=timeout, group_desc="the test's group")
     ending.output_dir = FOLDER
-    ending.heartbeat = Heartbeat(ending.phase, HEARTBEAT_TIMEOUT, FOLDER / "errors", ending.end_job)
+    ending.heartbeat = Heartbeat(ending.phase, HEARTBEAT_TIMEOUT, GROUP_TIMEOUT, FOLDER / "errors", ending.end_job)
     ending.heartbeat.start(group)
     ending.signals.saves_first = "save" in OPTIONS
     for number in (1, 2, 3):

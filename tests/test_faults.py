@@ -6,6 +6,7 @@ Each case is a torchrun job of two ranks on gloo (small_job.py): the real heartb
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -130,6 +131,15 @@ def test_a_rank_that_lives_but_stands_elsewhere_is_shown_where_it_is_when_a_coll
     assert f"rank 1 in sync of step 2 on {host} since" in line
     assert f"rank 0 in update of step 2 on {host} since" in line
     assert "in step" in job.stacks(1)
+    waits = r"gloo:all_reduce \d+ of the test's group"
+    (warning,) = [line for line in job.console.splitlines() if line.startswith("rank 0 waits since ")]
+    assert re.search(rf" in {waits}, which PyTorch ends after 6 s \(parallel.timeout_minutes\): ", warning)
+    assert re.search(rf"rank 1 in sync of step 2 on {host} since \S+, in no collective; ", warning)
+    assert re.search(rf"rank 0 in update of step 2 on {host} since \S+, in {waits}; ", warning)
+    for rank in (0, 1):
+        assert job.stacks(rank).index("asked for by a rank that waits") < job.stacks(rank).index(line[20:60])
+    assert re.search(rf"^not ended, since \S+: {waits}$", job.stacks(0), re.MULTILINE)
+    assert "not ended" not in job.stacks(1)
     assert "in step" in (job.folder / "errors" / "rank_0.log").read_text()
 
 

@@ -1,5 +1,5 @@
-"""What only a CUDA device can show: log-probabilities there, their memory, the rows of the GPU proof, and the policy on
-Transformer Engine's layers.
+"""What only a CUDA device can show: log-probabilities there, their memory, NCCL's records of collectives, the rows of the
+GPU proof, and the policy on Transformer Engine's layers.
 
 Everything else is the same code as on a CPU host and is tested there. Where Transformer Engine is missing, as on a bare GPU
 machine (docs/gpu_proof.md), the rows run the policy on the layers of `megatron/attention.py`.
@@ -11,6 +11,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch.distributed as dist
 
 from benchmarks.gpu.models import one_rank
 from benchmarks.gpu.table import ROWS
+from nemo_dapo.flight_recorder import unfinished
 from nemo_dapo.megatron import logprobs as module
 from nemo_dapo.megatron.logprobs import score_targets
 from tests.tiny import save_tiny_model
@@ -35,6 +37,27 @@ def group() -> Iterator[dist.ProcessGroup]:
     """Of this process alone, over NCCL."""
     with one_rank("cuda") as one:
         yield one
+
+
+def test_a_collective_behind_a_busy_kernel_is_unfinished_until_it_has_run(group: dist.ProcessGroup) -> None:
+    """As the flight recorder has it, which rank a hang is laid to goes by."""
+    ones = torch.ones(1, device="cuda")
+    dist.all_reduce(ones, group=group)
+    torch.cuda.synchronize()
+    wait_for_no_open_collective()
+    torch.cuda._sleep(3 * 10**9)  # cycles: a second and more
+    dist.all_reduce(ones, group=group, async_op=True)
+    (found,) = unfinished()
+    assert found.operation == "nccl:all_reduce"
+    torch.cuda.synchronize()
+    wait_for_no_open_collective()
+
+
+def wait_for_no_open_collective() -> None:
+    deadline = time.monotonic() + 60  # NCCL's watchdog marks them, several times a second
+    while unfinished() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert unfinished() == []
 
 
 def inputs(tokens: int, vocab: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

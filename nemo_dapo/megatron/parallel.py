@@ -68,7 +68,7 @@ def shut_down() -> None:
 
 def control_group(minutes: float) -> dist.ProcessGroup | None:
     """A gloo group of all ranks for small host messages; waits at most `minutes` for the slowest rank."""
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=minutes))
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=minutes), group_desc="control")
 
 
 def device() -> torch.device:
