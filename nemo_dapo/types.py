@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +85,17 @@ class Sample:
     versions: tuple[VersionSpan, ...] = ()
     routes: NDArray[np.integer] | None = None
 
+    if TYPE_CHECKING:  # what is given may be any sequence, what is held is an array
+
+        def __init__(
+            self,
+            token_ids: ArrayLike,
+            logprobs: ArrayLike,
+            finish_reason: str,
+            versions: tuple[VersionSpan, ...] = (),
+            routes: NDArray[np.integer] | None = None,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", _read_only(self.token_ids, np.int32))
         object.__setattr__(self, "logprobs", _read_only(self.logprobs, np.float32))
@@ -103,7 +114,7 @@ class Sample:
         return self.finish_reason == "length"
 
 
-def _read_only(values: Any, dtype: type) -> NDArray[Any]:
+def _read_only(values: ArrayLike, dtype: type) -> NDArray[Any]:
     array: NDArray[Any] = np.asarray(values, dtype)
     if array.flags.writeable:
         array = array.copy()
@@ -111,7 +122,7 @@ def _read_only(values: Any, dtype: type) -> NDArray[Any]:
     return array
 
 
-NOTHING_YET = Sample((), (), "abort")  # type: ignore[arg-type]
+NOTHING_YET = Sample((), (), "abort")
 
 
 @dataclass

@@ -64,7 +64,7 @@ def test_a_batch_lays_prompts_and_responses_back_to_back() -> None:
 def of_versions(*spans: tuple[int, int, int], size: int = 4, reason: str = "stop") -> tuple[Prompt, Sample]:
     """`size` response tokens behind a prompt of two."""
     versions = tuple(VersionSpan(*span) for span in spans)
-    sample = Sample(range(size), [-1.0] * size, reason, versions)  # type: ignore[arg-type]
+    sample = Sample(range(size), [-1.0] * size, reason, versions)
     return Prompt(str(spans), (8, 9), "", ""), sample
 
 
@@ -147,7 +147,7 @@ def test_sequences_of_a_pack_do_not_run_into_each_other() -> None:
 
 def routed(prompt: int, response: int, experts: int, reason: str = "stop") -> tuple[Prompt, Sample]:
     routes = np.full((prompt + response - 1, 2, 3), experts, np.uint16 if experts > 255 else np.uint8)
-    sample = Sample(range(response), [-1.0] * response, reason, routes=routes)  # type: ignore[arg-type]
+    sample = Sample(range(response), [-1.0] * response, reason, routes=routes)
     return Prompt(str(experts), tuple(range(prompt)), "", ""), sample
 
 
