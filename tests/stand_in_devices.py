@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
@@ -41,10 +41,13 @@ class Work:
         return bool(self.work.is_completed()) and self.work.exception() is None
 
 
-class GlooNCCL:
+class GlooNCCL(nccl.NCCL):
     """As `nccl.NCCL`, between processes of one machine; the unique id is the path of a file where they meet."""
 
     kept: ClassVar[list[Any]] = []  # gloo waits, where a group is let go of, until its last call has failed
+
+    def __init__(self) -> None:
+        """Loads no library."""
 
     def version(self) -> int:
         return VERSION
@@ -143,7 +146,7 @@ class DeviceServer(Server):
             return
         super().control(handler)
 
-    def refuses(self, **info: object) -> bool:
+    def refuses(self, info: Mapping[str, Any]) -> bool:
         """What is wrong was said before; see `control`."""
         return False
 

@@ -204,7 +204,7 @@ class StandInServers:
         ]
         self.away: set[int] = set()
         self.dead: set[int] = set()
-        self.cures: dict[int, Callable[[], None]] = {}
+        self.cures: dict[int, Callable[[], object]] = {}
         self.restarts: list[int] = []
         self.ended: list[int] = []
 

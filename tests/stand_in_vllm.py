@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import urllib.parse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nemo_dapo.rollout.challenge import NONCE_PARAMETER, proof
 from nemo_dapo.rollout.weights import verify
@@ -54,13 +56,13 @@ class Server(StandIn):
             say(handler, proof(os.environ["VLLM_API_KEY"], nonce, self.server_address[1]))
         elif where.path == verify.ROUTE and (wrong := damage(**handler.body)):
             say(handler, wrong.encode(), 422)
-        elif where.path == "/update_weights" and self.refuses(**handler.body["update_info"]):
+        elif where.path == "/update_weights" and self.refuses(handler.body["update_info"]):
             say(handler, b"", 500)
         else:
             super().control(handler)
 
-    def refuses(self, version: int, folder: str, digest: str, **others: object) -> bool:
-        return bool(damage(version, folder, digest))
+    def refuses(self, info: Mapping[str, Any]) -> bool:
+        return bool(damage(info["version"], info["folder"], info["digest"]))
 
 
 def current(handler: Handler) -> None:

@@ -9,7 +9,6 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,7 +24,8 @@ from nemo_dapo.evaluation import (
     problem_result,
     summarise,
 )
-from nemo_dapo.types import Prompt, Sample, SamplingParams, Verdict
+from nemo_dapo.types import Draft, Prompt, Sample, SamplingParams, Verdict
+from tests.fakes import FakeEngine
 
 
 def prompt(name: str, truth: str = "7") -> Prompt:
@@ -167,7 +167,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(problems: int, a: flo
     assert 0.935 <= covered / trials <= 0.975
 
 
-class FakeEngine:
+class Engine(FakeEngine):
     """Answers with the prompt's uid repeated; remembers how many requests were under way at once."""
 
     def __init__(self, fail_on: str = "") -> None:
@@ -175,7 +175,9 @@ class FakeEngine:
         self.fail_on = fail_on
         self.params: SamplingParams | None = None
 
-    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+    async def generate(
+        self, prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()
+    ) -> list[Sample]:
         self.params = params
         self.started += 1
         self.running += 1
@@ -185,16 +187,6 @@ class FakeEngine:
         if prompt.uid == self.fail_on:
             raise RuntimeError("server died")
         return [sample(prompt.uid, "length" if i == 0 else "stop") for i in range(n)]
-
-    def begin_update(self, version: int, seats: object) -> Any: ...
-
-    def finish_update(self, everyone: object) -> None: ...
-
-    def sleep(self) -> None: ...
-
-    def wake_weights(self) -> None: ...
-
-    def wake_up(self) -> None: ...
 
 
 class FakeRewarder:
@@ -206,7 +198,7 @@ SETS = {"seven": [prompt("7")] * 10, "mixed": [prompt("7"), prompt("33")]}
 
 
 def test_several_sets_are_evaluated_in_one_go_within_the_concurrency_bound(tmp_path: Path) -> None:
-    engine, config = FakeEngine(), EvaluationConfig(samples=4, save_responses=True)
+    engine, config = Engine(), EvaluationConfig(samples=4, save_responses=True)
     outcome = asyncio.run(
         evaluate(
             engine,
@@ -235,7 +227,7 @@ def test_several_sets_are_evaluated_in_one_go_within_the_concurrency_bound(tmp_p
 
 
 def test_a_set_may_have_a_number_of_samples_of_its_own() -> None:
-    engine, config = FakeEngine(), EvaluationConfig(samples=4)
+    engine, config = Engine(), EvaluationConfig(samples=4)
     run = evaluate(
         engine, FakeRewarder(), SETS, config, decode=decode, max_response_length=8, samples={"seven": 2, "mixed": 0},
         max_concurrent_sequences=8, progress=False,
@@ -248,7 +240,7 @@ def test_a_set_may_have_a_number_of_samples_of_its_own() -> None:
 
 
 def test_the_first_error_stops_the_evaluation_and_is_raised() -> None:
-    engine = FakeEngine(fail_on="33")
+    engine = Engine(fail_on="33")
     sets = {"s": [prompt("33")] + [prompt("7")] * 50}
     config = EvaluationConfig(samples=1)
     run = evaluate(
@@ -298,7 +290,5 @@ def test_files_are_strict_json_of_plain_lines(tmp_path: Path) -> None:
 def test_no_samples_is_refused() -> None:
     with pytest.raises(ValueError, match=r"evaluation\.samples=0 must be at least 1"):
         asyncio.run(
-            evaluate(
-                FakeEngine(), FakeRewarder(), {}, EvaluationConfig(samples=0), decode=decode, max_response_length=1
-            )
+            evaluate(Engine(), FakeRewarder(), {}, EvaluationConfig(samples=0), decode=decode, max_response_length=1)
         )

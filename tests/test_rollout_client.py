@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
-import itertools
 import json
 import re
 import socket
@@ -13,6 +12,8 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
 
 import anyio
 import httpx
@@ -40,6 +41,7 @@ from nemo_dapo.rollout.weights.send import Sender
 from nemo_dapo.sampling import GroupSampler
 from nemo_dapo.types import Prompt, Sample, SamplingParams, Verdict, VersionSpan
 from tests import stand_in_server as stand
+from tests.fakes import FakeLoader
 from tests.stand_in_server import StandIn, StandInServers, wait_for
 
 PROMPT = Prompt(uid="p-17", token_ids=(5, 6), problem="", ground_truth="")
@@ -199,10 +201,16 @@ def routes_of(rows: int) -> np.ndarray:
     return (np.arange(rows * 6, dtype=np.uint8) % 8).reshape(rows, 3, 2)
 
 
+def told(sample: Sample) -> np.ndarray:
+    """The routes that came with it."""
+    assert sample.routes is not None
+    return sample.routes
+
+
 def test_the_routes_of_prompt_and_response_come_with_a_sample(start, engine_over):
     routes = routes_of(len(PROMPT.token_ids) + 2)
     ((one,),) = generate(engine_over(StandInServers(start(stand.answer(stand.frames(routes=routes))).url), MIXTURE))
-    assert np.array_equal(one.routes, routes)
+    assert np.array_equal(told(one), routes)
 
 
 def test_the_routes_of_tokens_gone_on_with_elsewhere_come_from_where_they_were_read_again(
@@ -214,7 +222,7 @@ def test_the_routes_of_tokens_gone_on_with_elsewhere_come_from_where_they_were_r
     server.go_on = two_frames
     ((one,),) = generate(engine_over(StandInServers(server.url), MIXTURE))
     assert one.token_ids.tolist() == [2, 3, 4, 1]
-    assert np.array_equal(one.routes, routes)
+    assert np.array_equal(told(one), routes)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +239,7 @@ def test_routes_that_cannot_be_are_held_against_their_server(routes, complaint, 
     sick = start(stand.answer(stand.frames(routes=routes)))
     healthy = start(stand.answer(stand.frames(routes=routes_of(len(PROMPT.token_ids) + 2))))
     engine = engine_over(StandInServers(sick.url, healthy.url), MIXTURE)
-    assert {s.routes.shape for group in generate(engine, n=2, groups=4) for s in group} == {(4, 3, 2)}
+    assert {told(s).shape for group in generate(engine, n=2, groups=4) for s in group} == {(4, 3, 2)}
     assert re.search(complaint, caplog.text)
 
 
@@ -330,14 +338,9 @@ class Alternating:
         return [Verdict(correct=bool(i % 2)) for i in range(len(samples))]
 
 
-class Numbers:
-    """An endless loader."""
-
-    def __init__(self) -> None:
-        self.numbers = itertools.count()
-
-    def next(self) -> Prompt:
-        return Prompt(uid=f"p-{next(self.numbers)}", token_ids=(5, 6), problem="", ground_truth="")
+class Numbers(FakeLoader):
+    def prompt(self, i: int) -> Prompt:
+        return Prompt(uid=f"p-{i}", token_ids=(5, 6), problem="", ground_truth="")
 
 
 # Eight ways to be sick; those in JSON are of servers without our route.
@@ -392,7 +395,7 @@ def test_every_damaged_byte_of_an_answer_is_noticed_and_the_sample_asked_for_aga
     engine = engine_over(StandInServers(server.url), max_concurrent_sequences=len(damaged))
     groups = generate(engine, groups=len(damaged))
     assert {(s.token_ids.tobytes(), s.logprobs.tobytes()) for (s,) in groups} == {
-        (np.int32([2, 3, 1]).tobytes(), np.float32([-1.0, -1.5, -0.5]).tobytes())
+        (np.array([2, 3, 1], np.int32).tobytes(), np.array([-1.0, -1.5, -0.5], np.float32).tobytes())
     }
     assert server.requests == 2 * len(damaged)
 
@@ -820,7 +823,7 @@ def test_falling_asleep_waits_for_a_restart_under_way(start, engine_over):
     servers = StandInServers(server.url)
     engine = engine_over(servers, progress_timeout=0.4, vllm={"enable_sleep_mode": True})
     ready = threading.Event()
-    servers.cures[0] = lambda: ready.wait(20)  # type: ignore[assignment,return-value]
+    servers.cures[0] = lambda: ready.wait(20)
     servers.dead = {0}
     assert wait_for(lambda: servers.restarts == [0])
     sleeping = threading.Thread(target=engine.sleep)
@@ -848,7 +851,7 @@ def test_an_update_does_not_wait_for_a_restart_under_way_which_ends_with_the_new
     engine = engine_over(servers, progress_timeout=0.4)
     engine.update_weights(WEIGHTS, 1)
     ready = threading.Event()
-    servers.cures[0] = lambda: ready.wait(20)  # type: ignore[assignment,return-value]
+    servers.cures[0] = lambda: ready.wait(20)
     servers.dead = {0}
     assert generate(engine, n=2, groups=4)
     assert wait_for(lambda: servers.restarts == [0])
@@ -869,7 +872,7 @@ def test_an_update_waits_for_the_restart_of_a_server_that_died_under_it_only_whe
     servers = StandInServers(*(server.url for server in all_of_them))
     engine = engine_over(servers)
     ready = threading.Event()
-    servers.cures[0] = lambda: ready.wait(20)  # type: ignore[assignment,return-value]
+    servers.cures[0] = lambda: ready.wait(20)
     servers.dead = {0}  # nobody asks it for anything: the update is the first to notice
     update = threading.Thread(target=engine.update_weights, args=(WEIGHTS, 1))
     update.start()
@@ -890,7 +893,7 @@ def test_an_update_does_not_wait_for_the_restart_of_a_server_that_dies_with_open
     servers = StandInServers(dying.url, well.url)
     engine = engine_over(servers, max_staleness=1)
     ready, member = threading.Event(), engine.upkeep.fleet.members[0]
-    servers.cures[0] = lambda: ready.wait(60)  # type: ignore[assignment,return-value]
+    servers.cures[0] = lambda: ready.wait(60)
 
     def die_first(handler: stand.Handler) -> None:
         servers.dead = {0}
@@ -924,7 +927,7 @@ def test_an_update_reaches_a_server_whose_restart_ended_with_the_weights_before(
     for version in range(1, 6):
         servers.cures[0] = lambda: None
         servers.dead = {0}
-        assert wait_for(lambda version=version: len(servers.restarts) == version)
+        assert wait_for(lambda: len(servers.restarts) == version)  # noqa: B023
         engine.update_weights(WEIGHTS, version)  # at whatever point of the restart
         assert generate(engine)
         assert server.version == str(version)
@@ -986,7 +989,7 @@ def test_a_server_that_dies_while_it_is_told_what_a_fresh_one_must_know_is_resta
     servers.cures[0] = lambda: None
     for deaths in (1, 2):
         servers.dead = {0}  # nobody asks it for anything: the watch is the one to notice
-        assert wait_for(lambda deaths=deaths: len(servers.restarts) == deaths + 1)
+        assert wait_for(lambda: len(servers.restarts) == deaths + 1)  # noqa: B023
         assert wait_for(lambda: not engine.upkeep.fleet.members[0].is_down)
     assert re.search(
         r"restarting vLLM server 0 \(pid 0, server_0.log\), try 2 of 3 .*: RemoteProtocolError", caplog.text
@@ -1059,7 +1062,7 @@ def test_requests_of_a_server_that_is_restarted_go_elsewhere_meanwhile(start, en
     servers = StandInServers(sick.url, well.url)
     engine = engine_over(servers, progress_timeout=0.4)
     ready = threading.Event()
-    servers.cures[0] = lambda: ready.wait(20)  # type: ignore[assignment,return-value]
+    servers.cures[0] = lambda: ready.wait(20)
     try:
         assert [len(group) for group in generate(engine, n=2, groups=4)] == [2] * 4
         assert servers.restarts == [0]
@@ -1072,7 +1075,7 @@ def test_a_request_that_is_cancelled_does_not_end_the_restart_it_began(start, en
     servers = StandInServers(start().url)
     engine = engine_over(servers)
     ready = threading.Event()
-    servers.cures[0] = lambda: ready.wait(20)  # type: ignore[assignment,return-value]
+    servers.cures[0] = lambda: ready.wait(20)
     servers.dead, servers.servers[0].url = {0}, closed_url()
     engine.upkeep.asked[0] = client.Server(servers.servers[0].url)
 
@@ -1208,7 +1211,7 @@ def test_requests_begin_a_few_at_a_turn_of_the_event_loop(engine_over: Callable[
         while not all(one.done() for one in waiting):
             await asyncio.sleep(0)
             counts.append(begun)
-        return [after - before for before, after in itertools.pairwise(counts)]
+        return [after - before for before, after in pairwise(counts)]
 
     each_turn = engine._run(begun_each_turn())
     assert sum(each_turn) == 10 * requests_module.STARTS_AT_ONCE
@@ -1251,8 +1254,8 @@ def test_a_server_that_resets_a_connection_as_soon_as_it_is_open_is_one_that_can
     """The socket of such a connection is None in libuv's loop, and anyio asks it for its other end's address."""
     connect, loop = anyio.connect_tcp, LoopThread("control")
 
-    async def connect_and_lose(*where: object, **options: object) -> object:
-        stream = await connect(*where, **options)
+    async def connect_and_lose(*where: Any, **options: Any) -> object:
+        stream: Any = await connect(*where, **options)
         stream._transport.abort()
         await asyncio.sleep(0)
         return stream

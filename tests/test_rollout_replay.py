@@ -13,41 +13,35 @@ import torch
 
 from nemo_dapo.batching import make_batch
 from nemo_dapo.collected import Collected, DropReason
+from nemo_dapo.interfaces import RolloutEngine
 from nemo_dapo.rollout import replay
 from nemo_dapo.rollout.replay import ReplayEngine
 from nemo_dapo.sampling import GroupSampler
 from nemo_dapo.telemetry.rollouts import read_rollouts, rollouts_path, write_rollouts
-from nemo_dapo.types import Group, Prompt, Sample, SamplingParams, Verdict, VersionSpan
+from nemo_dapo.types import Draft, Group, Prompt, Sample, SamplingParams, Verdict, VersionSpan
+from tests.fakes import FakeEngine, FakeLoader
 
 N, G = 3, 4
 BROKEN = 999
 
 
-class Loader:
+class Loader(FakeLoader):
     """Seven problems over and over: a step asks for the same one several times."""
 
-    def __init__(self, position: int = 0) -> None:
-        self.position = position
-
-    def next(self) -> Prompt:
-        i = self.position % 7
-        self.position += 1
+    def prompt(self, i: int) -> Prompt:
+        i %= 7
         return Prompt(f"p{i}", (i, i + 1), f"problem {i}", str(i % 3))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
-
-
-class Engine:
+class Engine(FakeEngine):
     """Random tokens, lengths and times, another course with each seed; some calls are aborted, broken, right or wrong."""
 
     def __init__(self, seed: int) -> None:
         self.random, self.version, self.calls = random.Random(seed), 0, seed
 
-    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+    async def generate(
+        self, prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()
+    ) -> list[Sample]:
         self.calls += 1
         call, truth = self.calls, int(prompt.ground_truth)
         await asyncio.sleep(self.random.random() / 500)
@@ -78,7 +72,7 @@ class Judge:
         ]
 
 
-def make(engine: Any, judge: Judge | None = None) -> GroupSampler:
+def make(engine: RolloutEngine, judge: Judge | None = None) -> GroupSampler:
     return GroupSampler(engine, judge or Judge(), Loader(), group_size=G, params=SamplingParams())
 
 
@@ -96,8 +90,8 @@ def record(folder: Path, seed: int, steps: int = 5) -> tuple[list[Collected], li
 
 def write(folder: Path, step: int, groups: list[Group], **options: Any) -> None:
     numbers = [[0.0] * G] * len(groups)
-    options = {"tokens": True, "max_mb": 1, "decode": lambda responses: [""] * len(responses)} | options
-    write_rollouts(rollouts_path(folder, step), groups, numbers, numbers, step=step, **options)
+    usual: dict[str, Any] = {"tokens": True, "max_mb": 1, "decode": lambda responses: [""] * len(responses)}
+    write_rollouts(rollouts_path(folder, step), groups, numbers, numbers, step=step, **(usual | options))
 
 
 def essence(collected: Collected) -> tuple[Any, ...]:

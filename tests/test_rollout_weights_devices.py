@@ -25,7 +25,7 @@ from nemo_dapo.rollout.weights.checklist import Checklist
 from nemo_dapo.rollout.weights.cuda_ipc import CUDAIPCCarrier, Handle, arguments_of, handle_of
 from nemo_dapo.rollout.weights.deadline import Deadline
 from nemo_dapo.rollout.weights.incoming import Incoming
-from nemo_dapo.rollout.weights.nccl import Communicator, first_ranks, require_same_version, spelled
+from nemo_dapo.rollout.weights.nccl import NCCL, Communicator, first_ranks, require_same_version, spelled
 from nemo_dapo.rollout.weights.pack import Piece, pack
 from nemo_dapo.rollout.weights.plan import Seat, Target, UpdatePlan, seated
 from nemo_dapo.rollout.weights.send import Sender
@@ -58,7 +58,9 @@ def is_whole(loaded: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("size", [64, 192, 1024, 1 << 20])
 def test_tensors_of_whatever_size_are_put_together_again(size):
-    assembler, loaded, table = Assembler(1, CPU), {}, []
+    assembler = Assembler(1, CPU)
+    loaded: dict[str, torch.Tensor] = {}
+    table: list[Entry] = []
     for piece in pieces(size):
         loaded |= dict(assembler.add(piece.offset, piece.entries, piece.data))
         table += piece.entries
@@ -169,7 +171,7 @@ class FakeWork:
         self.query = query
 
 
-class FakeNCCL:
+class FakeNCCL(NCCL):
     """Of one rank. `hangs` makes it stop in its tracks, as SIGSTOP does: joined, but no collective any more."""
 
     wires: ClassVar[dict[bytes, Wire]] = {}
@@ -231,13 +233,15 @@ class FakeServer:
         self.target = Target(name, f"http://{name}", tuple(f"GPU-{name}-{i}" for i in range(workers)), "2.28.3")
         self.nccls = [FakeNCCL() for _ in range(workers)]
         self.incoming = [
-            Incoming(CPU, i, lambda i=i: self.nccls[i], functools.partial(self._open, i))  # type: ignore[misc]
-            for i in range(workers)
+            Incoming(CPU, i, functools.partial(self._nccl, i), functools.partial(self._open, i)) for i in range(workers)
         ]
         self.opened: list[set[str]] = [set() for _ in range(workers)]  # by worker
         self.loaded: list[dict[str, torch.Tensor]] = [{} for _ in range(workers)]
         self.is_complete = self.is_stopped = False
         self.refuses_at: int | None = None
+
+    def _nccl(self, worker: int) -> FakeNCCL:
+        return self.nccls[worker]
 
     def _open(self, worker: int, handle: Handle, device: int) -> torch.Tensor:
         self.opened[worker].add(handle.memory)
@@ -290,8 +294,8 @@ def short_waits(monkeypatch):
 
 
 def carrier_to(*fakes: FakeServer) -> BroadcastCarrier:
-    make = lambda *arguments: Communicator(*arguments, device="cpu")  # noqa: E731
-    return BroadcastCarrier([fake.target for fake in fakes], FakeCalls(*fakes), FakeNCCL(), make)  # type: ignore[arg-type]
+    make = functools.partial(Communicator, device="cpu")
+    return BroadcastCarrier([fake.target for fake in fakes], FakeCalls(*fakes), FakeNCCL(), make)
 
 
 def send(carrier: Any, *, before: Callable[[int], None] = lambda number: None) -> None:
@@ -358,6 +362,7 @@ def test_a_broadcast_that_never_returns_is_aborted_and_the_update_completes_with
     assert well.is_served
     assert other.is_served
     assert not stopped.is_complete
+    assert isinstance(carrier.nccl, FakeNCCL)
     assert carrier.nccl.aborted == 1
     assert all(one.aborted == 1 for one in (*well.nccls, *other.nccls))
     sizes = [wire.world_size for wire in FakeNCCL.wires.values()]
@@ -440,8 +445,11 @@ def ranks_of_a_node(fakes: list[FakeServer], ranks: int, size: int = 1024) -> li
     gpus = [gpu for fake in fakes for gpu in fake.target.gpus]
     buffers = [[torch.empty(size, dtype=torch.uint8) for _ in range(2)] for _ in range(ranks)]
     handles = {gpus[rank]: handles_for(rank, buffers[rank]) for rank in range(ranks)}
-    meet = lambda seconds: barrier.wait(seconds) and None  # noqa: E731
     targets = [fake.target for fake in fakes]
+
+    def meet(seconds: float) -> None:
+        barrier.wait(seconds)
+
     carriers = [CUDAIPCCarrier(buffers[0], meet, targets, handles, FakeCalls(*fakes))]
     carriers += [CUDAIPCCarrier(buffers[rank], meet) for rank in range(1, ranks)]
     return list(zip(carriers, buffers, strict=True))

@@ -18,6 +18,7 @@ from nemo_dapo.sampling import GroupSampler
 from nemo_dapo.stopping import check_verifier
 from nemo_dapo.types import Draft, Group, Prompt, Sample, SamplingParams, Verdict
 from nemo_dapo.window import PRIOR_GROUPS
+from tests.fakes import FakeEngine, FakeLoader
 
 G = 4
 T = TypeVar("T")
@@ -45,25 +46,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 @dataclass
-class Loader:
-    """Problem i has uid `p<i>`."""
-
-    position: int = 0
-
-    def next(self) -> Prompt:
-        self.position += 1
-        i = self.position - 1
-        return Prompt(uid=f"p{i}", token_ids=(i, i + 1), problem=f"problem {i}", ground_truth=str(i), metadata={"i": i})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
-
-
-@dataclass
-class Engine:
+class Engine(FakeEngine):
     """Problem i takes `latency(i)` seconds, `length(i)` tokens a sample, and has `num_correct(i)` right answers of G."""
 
     num_correct: Callable[[int], int]
@@ -71,7 +54,7 @@ class Engine:
     length: Callable[[int], int] = lambda i: 3
     finish_reason: Callable[[int], str] = lambda i: "stop"
     errors: Callable[[int], int] = lambda i: 0
-    fail: Callable[[int, int], Exception | None] = lambda i, attempt: None
+    fail: Callable[[int, int], BaseException | None] = lambda i, attempt: None
     started: list[int] = field(default_factory=list)
     finished: list[int] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
@@ -104,8 +87,8 @@ class Engine:
 
 
 def make(engine: Engine, **options: Any) -> GroupSampler:
-    options = {"group_size": G, "params": SamplingParams(max_tokens=8)} | options
-    return GroupSampler(engine, engine, options.pop("loader", None) or Loader(), **options)
+    usual: dict[str, Any] = {"loader": FakeLoader(), "group_size": G, "params": SamplingParams(max_tokens=8)}
+    return GroupSampler(engine, engine, **(usual | options))
 
 
 def indices(collected: Collected) -> list[int]:
@@ -137,7 +120,7 @@ def random_latency(seed: int) -> Callable[[int], float]:
 def test_a_group_is_kept_when_some_but_not_all_of_it_is_right(num_correct: int, expected: DropReason | None) -> None:
     samples = tuple(Sample((1,), (0.0,), "stop") for _ in range(G))
     verdicts = tuple(Verdict(k < num_correct) for k in range(G))
-    group = Group(Loader().next(), samples, verdicts)
+    group = Group(FakeLoader().next(), samples, verdicts)
     assert judge(group, dynamic_sampling=True) is expected
     assert judge(group, dynamic_sampling=False) is None
 
@@ -219,7 +202,7 @@ def test_an_error_rate_of_one_never_stops_a_run() -> None:
 
 def test_what_an_error_text_holds_cannot_steer_the_terminal_it_is_shown_on() -> None:
     samples = tuple(Sample((1,), (0.0,), "stop") for _ in range(G))
-    group = Group(Loader().next(), samples, (Verdict(False, error="bad \x1b[2J\u202e" + "x" * 10_000),) * G)
+    group = Group(FakeLoader().next(), samples, (Verdict(False, error="bad \x1b[2J\u202e" + "x" * 10_000),) * G)
     with pytest.raises(RuntimeError) as stopped:
         check_verifier([group], 0.5)
     assert r"bad \x1b[2J\u202e" in str(stopped.value)
@@ -488,7 +471,7 @@ def test_a_group_that_ignores_cancellation_is_reported() -> None:
     engine = Engine(scripted("k"))
     generate = engine.generate
 
-    async def stubborn(prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+    async def stubborn(prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()) -> list[Sample]:
         if prompt.uid != "p2":
             return await generate(prompt, n, params)
         try:
@@ -512,7 +495,7 @@ def test_a_wrong_number_of_samples_or_verdicts_is_refused() -> None:
     engine = Engine(scripted("k"))
     generate, score = engine.generate, engine.score
 
-    async def two(prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+    async def two(prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()) -> list[Sample]:
         return await generate(prompt, 2, params)
 
     async def three(prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
@@ -560,7 +543,7 @@ def test_senseless_sizes_are_refused(options: dict[str, Any], num_groups: int) -
 
 def test_a_restored_sampler_goes_on_exactly_where_the_other_was() -> None:
     script = scripted("wkkrrkwrkwwkr")
-    loader = Loader()
+    loader = FakeLoader()
     sampler = make(Engine(script, random_latency(1)), loader=loader)
     for _ in range(2):
         run(sampler.collect(4))
@@ -568,7 +551,7 @@ def test_a_restored_sampler_goes_on_exactly_where_the_other_was() -> None:
     assert state["sampler"]["pending"], "the test needs prompts that were taken and not judged"
     expected = [run(sampler.collect(4)).groups for _ in range(3)]
 
-    loader = Loader()
+    loader = FakeLoader()
     loader.load_state_dict(state["loader"])
     restored = make(Engine(script, random_latency(2)), loader=loader)
     restored.load_state_dict(state["sampler"])

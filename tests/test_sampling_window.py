@@ -48,7 +48,8 @@ from nemo_dapo.types import (
     Verdict,
     VersionSpan,
 )
-from tests.test_sampling import Engine, G, Loader, dropped, indices, make, random_latency, run, scripted
+from tests.fakes import FakeLoader
+from tests.test_sampling import Engine, G, dropped, indices, make, random_latency, run, scripted
 from tests.test_trainer import OLDER_GAP, Stub, model_folder
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +140,7 @@ def test_an_aborted_group_comes_again() -> None:
 
 
 def test_a_resumed_run_goes_on_with_the_finished_groups_and_asks_again_for_the_others_alone(tmp_path: Path) -> None:
-    engine, loader = Engine(SCRIPT, random_latency(1)), Loader()
+    engine, loader = Engine(SCRIPT, random_latency(1)), FakeLoader()
 
     async def first() -> tuple[dict[str, Any], list[list[int]]]:
         sampler = make(engine, max_staleness=2, loader=loader)
@@ -157,7 +158,7 @@ def test_a_resumed_run_goes_on_with_the_finished_groups_and_asks_again_for_the_o
     again = Engine(SCRIPT, random_latency(2))
 
     async def second() -> list[list[int]]:
-        later = Loader()
+        later = FakeLoader()
         later.load_state_dict(state["loader"])
         sampler = make(again, max_staleness=2, loader=later)
         sampler.load_state_dict(state)
@@ -206,14 +207,14 @@ def test_what_unfinished_samples_have_is_saved_and_handed_to_the_engine_that_goe
 
 def test_a_run_that_no_longer_samples_ahead_samples_the_open_groups_again() -> None:
     async def first() -> tuple[dict[str, Any], list[int]]:
-        loader = Loader()
+        loader = FakeLoader()
         sampler = make(Engine(scripted("k")), max_staleness=1, loader=loader)
         found = await sampler.collect(3)
         await sampler.stop()
         return sampler.state_dict() | {"loader": loader.state_dict()}, indices(found)
 
     state, taken = run(first())
-    loader = Loader()
+    loader = FakeLoader()
     loader.load_state_dict(state["loader"])
     sampler = make(Engine(scripted("k")), loader=loader)
     sampler.load_state_dict(state)
@@ -224,7 +225,7 @@ def saved_window(engine: Engine, m: int = 2, groups: int = 4) -> dict[str, Any]:
     """The state of a run, and of its loader, after the third step."""
 
     async def course() -> dict[str, Any]:
-        loader = Loader()
+        loader = FakeLoader()
         sampler = make(engine, max_staleness=m, loader=loader)
         for _ in range(3):
             await sampler.collect(groups)
@@ -236,7 +237,7 @@ def saved_window(engine: Engine, m: int = 2, groups: int = 4) -> dict[str, Any]:
 
 
 def gone_on_with(state: dict[str, Any], engine: Engine, number: int, groups: int, **options: Any) -> list[Collected]:
-    loader = Loader()
+    loader = FakeLoader()
     loader.load_state_dict(state["loader"])
     sampler = make(engine, loader=loader, **options)
     sampler.load_state_dict(state)
@@ -298,7 +299,7 @@ def test_no_token_is_too_old_for_a_resumed_run_that_allows_less(m: int, groups: 
     engine = Dated(SCRIPT, random_latency(seed))
 
     async def first() -> dict[str, Any]:
-        loader = Loader()
+        loader = FakeLoader()
         sampler = make(engine, max_staleness=4, loader=loader)
         assert (await dated_steps(sampler, engine, 8, 4))[0] <= 4
         engine.version = sampler.window.taken
@@ -311,7 +312,7 @@ def test_no_token_is_too_old_for_a_resumed_run_that_allows_less(m: int, groups: 
     finished = {one.prompt.metadata["i"] for one in state["window"] if one.group}
 
     async def second() -> tuple[float, list[int]]:
-        loader = Loader()
+        loader = FakeLoader()
         loader.load_state_dict(state["loader"])
         sampler = make(again, max_staleness=m, loader=loader)
         sampler.load_state_dict(state)
@@ -404,7 +405,8 @@ class Ahead(Stub):
 
     def __init__(self) -> None:
         super().__init__()
-        self.version, self.asked, self.answered = 0, [], 0
+        self.version = self.answered = 0
+        self.asked: list[int] = []
         self.meanwhile: list[int] = []  # groups answered during each update
         self.evaluated: list[tuple[int, int]] = []  # weights before and after each answer
 
@@ -442,7 +444,7 @@ class Ahead(Stub):
         return {}
 
 
-class Prompts(Loader):
+class Prompts(FakeLoader):
     sets: tuple[Any, ...] = ()
     curriculum = Curriculum(0)
 
@@ -486,7 +488,7 @@ def trained(folder: Path, m: int, max_steps: int, resumed: int | None = None, *,
         rollout=RolloutConfig(max_staleness=m),
         evaluation=EvaluationConfig(every=1 if evaluates else 0, samples=1),
     )
-    held_out = [dataclasses.replace(Loader(HELD_OUT + i).next(), uid=f"held out {i}") for i in range(3)]
+    held_out = [dataclasses.replace(FakeLoader(HELD_OUT + i).next(), uid=f"held out {i}") for i in range(3)]
     config.logger.progress, config.checkpoint.every, config.checkpoint.keep = False, 1, 0
     stub, sink, loader = Ahead(), Records(), Prompts()
     eval_sets = {"held_out": held_out}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,50 +16,30 @@ from nemo_dapo.data.curriculum import Curriculum
 from nemo_dapo.detokenizer import decoder_of
 from nemo_dapo.rewards.pool import RewardPool
 from nemo_dapo.telemetry.sinks import Sinks
-from nemo_dapo.types import Prompt, Sample, SamplingParams
+from nemo_dapo.types import Draft, Prompt, Sample, SamplingParams
+from tests.fakes import FakeEngine, FakeLoader
 from tests.tiny import said, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
 
-class Loader:
+class Loader(FakeLoader):
     sets: tuple[Any, ...] = ()
     curriculum = Curriculum(0)
-    position = 0
 
-    def next(self) -> Prompt:
-        self.position += 1
-        return Prompt(f"p{self.position}", (1,), "1+1", "2")
-
-    def record(self, uid: str, correct: int, attempts: int) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
+    def prompt(self, i: int) -> Prompt:
+        return Prompt(f"p{i}", (1,), "1+1", "2")
 
 
-class Engine:
+class Engine(FakeEngine):
     """Every sample says the same."""
 
     text = "raise"
 
-    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+    async def generate(
+        self, prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()
+    ) -> list[Sample]:
         return [said(self.text)] * n
-
-    def begin_update(self, version: int, seats: Any) -> Any: ...
-
-    def finish_update(self, everyone: Any) -> None: ...
-
-    def sleep(self) -> None: ...
-
-    def wake_weights(self) -> None: ...
-
-    def wake_up(self) -> None: ...
-
-    def metrics(self) -> dict[str, float]:
-        return {}
 
 
 @pytest.fixture(scope="module")
