@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two models with their tokenizers: `tied` (Qwen2, shared embeddings) and `untied` (Qwen3)."""
     folder = tmp_path_factory.mktemp("tiny_models")
-    size = {"hidden": 128, "heads": 4, "rope_theta": ROPE_THETA}  # vLLM on a CPU has no heads smaller than 32
+    # vLLM on a CPU has no heads smaller than 32.
+    size: dict[str, Any] = {"hidden": 128, "heads": 4, "rope_theta": ROPE_THETA}
     return {
         "tied": save_tiny_model(folder / "tied", family="qwen2", tied=True, **size),
         "untied": save_tiny_model(folder / "untied", family="qwen3", tied=False, seed=1, **size),

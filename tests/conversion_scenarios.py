@@ -29,7 +29,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": {"family": "qwen2", "tied": True, "layers": 3},  # of which two stages have 2 and 1
     "mixture": {"family": "deepseek_v3", "tied": False, "kv_heads": 4},  # whose routers' biases stay in float32
 }
-WIDE = {"family": "qwen2", "tied": False, "hidden": 256, "vocab": 1 << 16}  # two matrices of 67 MB, in float32
+# Two matrices of 67 MB, in float32.
+WIDE: dict[str, Any] = {"family": "qwen2", "tied": False, "hidden": 256, "vocab": 1 << 16}
 SHARD_BYTES, SHARD_OF_WIDE = 150_000, 70_000_000
 LORA = LoraConfig(rank=4, alpha=8.0)
 RUNS: dict[str, tuple[int, str, Layout, bool, dict[str, Any]]] = {

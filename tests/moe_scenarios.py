@@ -47,13 +47,25 @@ LAYOUTS = {
 }
 
 
+def note_counts(policy: Any) -> list[Tensor]:
+    """What each update counts from now on."""
+    taken: list[Tensor] = []
+    take = policy.expert_load.take_counts
+
+    def noted() -> Tensor:
+        taken.append(take())
+        return taken[-1]
+
+    policy.expert_load.take_counts = noted
+    return taken
+
+
 def load(layout: Layout, megatron: dict[str, Any]) -> Callable[[Job], dict[str, Any]]:
     """What two updates count, and say of it in the first; the weights of the second are not the first's."""
 
     def scenario(job: Job) -> dict[str, Any]:
         policy, batch = job.policy(layout, MODEL, megatron=megatron), make_train_batch()
-        counts, take = [], policy.expert_load.take_counts
-        policy.expert_load.take_counts = lambda: (counts.append(take()), counts[-1])[1]
+        counts = note_counts(policy)
         said = values(policy.update(batch, LOSS, None))
         policy.logprobs(batch)  # is not counted
         policy.update(batch, LOSS, None)
@@ -76,9 +88,7 @@ def replay(layout: Layout, megatron: dict[str, Any]) -> Callable[[Job], dict[str
         out["plain gradient"] = gradient_with(plain, make_train_batch(), LOSS, out["plain"], 128)["gradient"]
 
         other_router(policy)
-        taken, take = [], policy.expert_load.take_counts
-        policy.expert_load.take_counts = lambda: (taken.append(take()), taken[-1])[1]
-        calls = count_calls(policy)
+        taken, calls = note_counts(policy), count_calls(policy)
         out["other gradient"] = gradient_with(policy, batch, LOSS, out["plain"], 128)["gradient"]
         out |= {"counts of the other": taken[0], "counts of all its calls": calls()}
         out["other"] = logprobs_of_all(policy, batch)
@@ -89,6 +99,8 @@ def replay(layout: Layout, megatron: dict[str, Any]) -> Callable[[Job], dict[str
         dist.all_reduce(reference, group=parallel_state().get_data_parallel_group())
         out["reference"] = reference
         half = batch.select(torch.arange(4, 8))
+        assert half.routes is not None
+        assert batch.routes is not None
         out["selected"] = torch.equal(half.routes, batch.routes[batch.token_indices(torch.arange(4, 8))])
         return out
 
@@ -137,9 +149,14 @@ def sequences_for_attention(layout: Layout) -> Callable[[Job], list[Any]]:
     def scenario(job: Job) -> list[Any]:
         from nemo_dapo.megatron import policy as module
 
-        policy, seen = job.policy(layout, MODEL), []
-        original = module.PackedSeqParams
-        with mock.patch.object(module, "PackedSeqParams", lambda **said: (seen.append(said), original(**said))[1]):
+        policy, original = job.policy(layout, MODEL), module.PackedSeqParams
+        seen: list[dict[str, Any]] = []
+
+        def noted(**said: Any) -> Any:
+            seen.append(said)
+            return original(**said)
+
+        with mock.patch.object(module, "PackedSeqParams", noted):
             policy.logprobs(make_train_batch())
         return seen
 

@@ -78,7 +78,9 @@ def leave(kind: str, exits: bool) -> str:
     elif kind == "session":
         pid = subprocess.Popen(SLEEP, start_new_session=True, close_fds=False).pid
     elif kind == "fork":
-        pid = os.fork() or time.sleep(600) or 0
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(600)
     else:
         pid = daemon()
     with open(os.environ["LEFT_PIDS"], "a") as file:
@@ -175,7 +177,8 @@ def trl(completions: list[str], **kwargs: object) -> list[float]:
 def numpy_scalars(prompt: Prompt, responses: Sequence[str]) -> list[object]:
     import numpy as np
 
-    kinds = {"bool": np.bool_(True), "int": np.int64(3), "float": np.float32(0.5), "array": np.array(2.0)}
+    kinds: dict[str, object] = {"bool": np.bool_(True), "int": np.int64(3), "float": np.float32(0.5)}
+    kinds["array"] = np.array(2.0)
     kinds["verdict"] = Verdict(np.bool_(False), score=np.float32(0.25))  # type: ignore[arg-type]
     kinds["two"] = np.array([1.0, 2.0])
     return [kinds[response] for response in responses]

@@ -10,10 +10,10 @@ from functools import cache
 from types import ModuleType
 
 import pytest
-import test_algorithm
-from mutation import mutant, noticed_by
 
 from nemo_dapo import algorithm
+from tests import test_algorithm
+from tests.mutation import mutant, noticed_by
 
 SOURCE = inspect.getsource(algorithm)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import grown, heavy_tail, sampler, tasks, versus_trl
 from examples.demo import prepare
@@ -171,7 +172,10 @@ def test_columns_are_written_down_from_the_right() -> None:
 def test_a_grown_model_has_the_small_one_s_logits_and_a_gradient_wherever_it_grew() -> None:
     larger = dataclasses.replace(RECIPE, hidden=256, intermediate=96, heads=8, kv_heads=4, layers=2)
     small = prepare.build_model(RECIPE)
-    large = grown.grown(small, prepare.model_config(larger))
+    config = prepare.model_config(larger)
+    assert isinstance(small, Qwen2ForCausalLM)
+    assert isinstance(config, Qwen2Config)
+    large = grown.grown(small, config)
     tokens = torch.arange(2, 42).view(2, 20)
     expected = small(input_ids=tokens).logits
     logits = large(input_ids=tokens).logits
@@ -196,4 +200,4 @@ def test_a_task_s_configuration_is_one_that_a_run_takes(
         assert run is not None
         validate(run, world_size=2)
         assert run.optimizer.decay_steps == until
-    assert run.rollout.max_response_length == task.experiment.rollout.max_response_length
+        assert run.rollout.max_response_length == task.experiment.rollout.max_response_length

@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -67,7 +68,7 @@ def _one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def save(folder: Path, step: int, number: int = 0, *, keep: int = 2, dies: bool = False) -> None:
-    checkpoint.save(folder, step, StubPolicy(number, dies), {"answer": number}, keep=keep, group=None)  # type: ignore[arg-type]
+    checkpoint.save(folder, step, StubPolicy(number, dies), {"answer": number}, keep=keep, group=None)
 
 
 def load(folder: Path, step: int) -> tuple[int, dict[str, object]]:
@@ -135,7 +136,7 @@ def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(
 
     remove = shutil.rmtree
 
-    def killed_half_way(path: Path, **options: bool) -> None:
+    def killed_half_way(path: Path, **options: Any) -> None:
         if not (path / "state.json").exists():
             remove(path, **options)
             return
@@ -361,7 +362,7 @@ def test_files_are_spread_over_ranks_by_their_bytes() -> None:
 def test_a_full_disk_is_named_and_leaves_nothing_but_the_last_one(tmp_path: Path) -> None:
     save(tmp_path, 4, number=4)
     with pytest.raises(checkpoint.CheckpointError, match=r"step_000008 was not written.*No space left.*number"):
-        checkpoint.save(tmp_path, 8, StubPolicy(fails=True), {}, keep=1, group=None)  # type: ignore[arg-type]
+        checkpoint.save(tmp_path, 8, StubPolicy(fails=True), {}, keep=1, group=None)
     assert names(tmp_path) == ["step_000004"]
     assert checkpoint.choose(tmp_path, None) == 4
 

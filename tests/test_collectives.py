@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from nemo_dapo import collectives
 from nemo_dapo.collectives import Neighbours, gather_json
-from nemo_dapo.telemetry.metrics import Last, Max, Mean, Min, Sum, merge_across_ranks, values
+from nemo_dapo.telemetry.metrics import Last, Max, Mean, Metric, Min, Sum, merge_across_ranks, values
 
 PACKAGE = Path(collectives.__file__).parent
 
@@ -21,8 +21,11 @@ def _rank(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     mine = {"rank": rank, "text": "é" * 40 * rank, "list": [[rank, None], math.inf]}
     assert gather_json(mine) == [{"rank": r, "text": "é" * 40 * r, "list": [[r, None], math.inf]} for r in range(3)]
-    record = {"mean": Mean(float(rank), 2), "sum": Sum(rank), "max": Max([1.0, math.nan, 2.0][rank]), "min": Min(rank)}
-    merged = values(merge_across_ranks(record | ({"last": Last(5.0)} if rank == 1 else {})))
+    record: dict[str, Metric] = {"mean": Mean(float(rank), 2), "sum": Sum(rank), "min": Min(rank)}
+    record["max"] = Max([1.0, math.nan, 2.0][rank])
+    if rank == 1:
+        record["last"] = Last(5.0)
+    merged = values(merge_across_ranks(record))
     assert math.isnan(merged.pop("max"))
     assert merged == {"mean": 0.5, "sum": 3, "min": 0, "last": 5.0}
     near = Neighbours(["a", "b", "a"], 30.0)

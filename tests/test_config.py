@@ -522,9 +522,12 @@ def test_of_many_ranks_that_find_the_same_the_first_speaks_and_the_others_give_i
 ) -> None:
     waited: list[float] = []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(
-        ending.time, "sleep", lambda seconds: waited.append(seconds) or print("waited", file=sys.stderr)
-    )
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        print("waited", file=sys.stderr)
+
+    monkeypatch.setattr(ending.time, "sleep", wait)
     assert refused(lambda run: None, *command, "algorithm.group_sise=4", monkeypatch=monkeypatch) == 2
     assert waited == [ending.ALIKE_SECONDS]
     assert capsys.readouterr().err.startswith("waited\nerror: algorithm.group_sise")

@@ -23,7 +23,8 @@ def path(tmp_path: Path) -> str:
 
 
 def check(half: str = "train", **options: Any) -> None:
-    check_data(DataConfig(**{half: {"mine": DataSetConfig(**options)}}))
+    sets: dict[str, Any] = {half: {"mine": DataSetConfig(**options)}}
+    check_data(DataConfig(**sets))
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def test_a_pattern_reads_all_its_files_in_order(tmp_path: Path) -> None:
 
 
 def test_empty_and_overlong_rows_are_skipped_and_counted(tmp_path: Path, tokenizer: Any) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"problem": "good", "answer": "1"},
         {"problem": "no answer", "answer": ""},
         {"problem": "blank answer", "answer": "  "},

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,15 @@ def test_only_the_response_and_its_end_are_targets(folder: Path) -> None:
     assert tokenizer.decode(inputs[0][: where[0] + 1]) == "9+1=?\n"
 
 
+def gradient_of(model: torch.nn.Module) -> torch.Tensor:
+    """Of all parameters, one behind the other."""
+    parts = []
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parts.append(parameter.grad.flatten())
+    return torch.cat(parts)
+
+
 def test_rows_in_several_passes_have_the_gradient_of_all_at_once(folder: Path) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), prepare.build_model(RECIPE)
     sums = [Sum(9, 1), Sum(1234, 5), Sum(7, 7), Sum(22, 93), Sum(123, 4)]
@@ -79,7 +89,7 @@ def test_rows_in_several_passes_have_the_gradient_of_all_at_once(folder: Path) -
     for limit in (400, 80, 1):
         model.zero_grad()
         loss = prepare.backward(model, rows, limit)
-        found.append((loss, torch.cat([one.grad.flatten() for one in model.parameters()])))
+        found.append((loss, gradient_of(model)))
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         torch.testing.assert_close(gradient, found[0][1], rtol=1e-4, atol=1e-6)  # sums in another order
@@ -96,7 +106,8 @@ def test_the_demo_s_experiment_and_its_warm_start_ask_in_the_same_words() -> Non
 def test_the_mixture_is_warm_started_and_read_as_one(tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, problems=64, experts=prepare.recipe_of("demo_moe", seed=0).experts)
     assert prepare.prepare(tmp_path / "model", recipe)
-    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    both: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    model, loading = both
     assert not loading["missing_keys"]
     assert (model.config.model_type, model.config.num_experts, model.config.num_experts_per_tok) == ("qwen3_moe", 4, 2)
     assert not [*check_trainable("model", read(str(tmp_path / "model")))]

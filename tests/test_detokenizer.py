@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from nemo_dapo.detokenizer import Detokenizer, decoder_of
+from nemo_dapo.detokenizer import Detokenizer, Ids, decoder_of
 from nemo_dapo.rewards import math, math_dapo
 from nemo_dapo.rewards.math.extract import MAX_TAIL
 from nemo_dapo.rewards.pool.pool import TAILS
@@ -181,7 +181,12 @@ def test_a_long_response_is_decoded_from_its_end_alone(monkeypatch: pytest.Monke
     assert CUTTING
     seen: list[int] = []
     whole = CUTTING.text
-    monkeypatch.setattr(CUTTING, "text", lambda ids: seen.append(len(ids)) or whole(ids))
+
+    def noted(ids: Ids) -> str:
+        seen.append(len(ids))
+        return whole(ids)
+
+    monkeypatch.setattr(CUTTING, "text", noted)
     ids = np.array(BYTE_LEVEL.encode("1234 " * 4000), np.int32)
     CUTTING.tail(ids, 300)
     assert sum(seen) <= 1200

@@ -487,7 +487,8 @@ def refused(bench: Path) -> Refused:
         elsewhere = [f"rollout.port={port}", f"output_dir={bench / 'port'}"]  # a folder is one run's
         commands = (own_data(bench, answer="anwser"), [*own_data(bench), *elsewhere])
         runs = [threads.submit(run, bench, [*options(bench), *arguments], 0) for arguments in commands]
-        return Refused(*(each.result() for each in runs), port)
+        missing_column, port_in_use = (each.result() for each in runs)
+        return Refused(missing_column, port_in_use, port)
 
 
 def test_a_missing_column_is_named_with_those_there_are(refused: Refused) -> None:

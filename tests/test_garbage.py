@@ -12,7 +12,7 @@ MANY = 1_000_000
 def full_collections_of(objects: int) -> int:
     """How many full collections making `objects` lasting containers sets off."""
     before = gc.get_stats()[2]["collections"]
-    kept = [[] for _ in range(objects)]
+    kept: list[list[object]] = [[] for _ in range(objects)]
     assert len(kept) == objects
     return gc.get_stats()[2]["collections"] - before
 
@@ -28,7 +28,7 @@ def test_only_young_objects_are_looked_at_meanwhile_and_everything_again_afterwa
 
 
 def test_what_the_start_built_is_never_visited_again() -> None:
-    built = [[] for _ in range(MANY)]
+    built: list[list[object]] = [[] for _ in range(MANY)]
     try:
         spare_what_is_here()
         assert gc.get_freeze_count() >= len(built)

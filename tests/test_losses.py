@@ -13,13 +13,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from mutation import mutant, noticed_by
 
 from nemo_dapo.batching import make_batch, pack
 from nemo_dapo.config import AlgorithmConfig, KLEstimator
 from nemo_dapo.config.checks import LOSSES as NAMES
 from nemo_dapo.losses import LOSSES, cispo, dr_grpo, gspo, load_loss_fn
 from nemo_dapo.types import Group, Prompt, Sample, TrainBatch, Verdict
+from tests.mutation import mutant, noticed_by
 
 OLD = [-1.0, -2.0, -0.5]  # log-probabilities of the three response tokens under the old policy
 RATIOS = [1.5, 0.9, 0.5]

@@ -26,8 +26,11 @@ def micro_batch(*, old: float | None = None, ref: float | None = None, rollout: 
         rollout_logprobs=torch.full((4,), rollout),
         advantages=torch.tensor([2.0]),
     )
-    fill = {"old_logprobs": old, "ref_logprobs": ref}
-    return pack(batch, [0], **{name: None if x is None else torch.full((4,), x) for name, x in fill.items()})
+    return pack(batch, [0], old_logprobs=filled(old), ref_logprobs=filled(ref))
+
+
+def filled(value: float | None) -> Tensor | None:
+    return None if value is None else torch.full((4,), value)
 
 
 def scores(value: float = -1.0) -> tuple[Tensor, Tensor]:

@@ -179,9 +179,7 @@ def scored(
 def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """float32 against float64: sums of 150 terms of size up to 10, so a few 1e-6 relative."""
     for name, value in expected.items():
-        torch.testing.assert_close(
-            got[name].double(), value.double(), rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(got[name].double(), value.double(), rtol=2e-5, atol=2e-5, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
@@ -255,7 +253,7 @@ def test_micro_batches_add_up_in_megatrons_gradient_buffer(
         )
         scores = torch.log_softmax(hidden[rows].detach().double() @ exact[:150].T / 0.7, -1)
         objective = scores.gather(-1, targets[rows, None]).sum() - 0.5 * (scores.exp() * scores).sum()
-        looked_up = 0.0
+        looked_up = torch.zeros(())
         if tied:
             looked_up = F.embedding(targets[rows], weight).float().square().sum()
             objective = objective + F.embedding(targets[rows], exact).square().sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -70,9 +71,7 @@ def test_a_run_that_was_cut_goes_on_behind_what_it_has_measured(
         yield from (asdict(case) for case in cases)
 
     monkeypatch.setattr(parallelism.matrix, "run", run)
-    results = parallelism.measured(wanted, tmp_path / "results")
-    cut = [next(results), next(results)]
-    results.close()
+    cut = [*itertools.islice(parallelism.measured(wanted, tmp_path / "results"), 2)]
     again = [*parallelism.measured(wanted, tmp_path / "results")]
     assert asked == [wanted, wanted[2:]]
     assert again[:2] == cut

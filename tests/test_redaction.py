@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 
 from nemo_dapo.redaction import redacted, redacted_command, secrets_in
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "rollout": {
         "api_key": "s3cret",
         "vllm": {"hf_token": "hf_s3cret", "max_num_seqs": 3},

@@ -8,12 +8,12 @@ import sys
 from fractions import Fraction
 
 import pytest
-from hostile_answers import TRUTH, hostile_responses
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from math_pairs import EQUATIONS, RIGHT, TAUTOLOGIES, WRONG
 
 from nemo_dapo.rewards.math import verify
+from tests.hostile_answers import TRUTH, hostile_responses
+from tests.math_pairs import EQUATIONS, RIGHT, TAUTOLOGIES, WRONG
 
 EQUAL = [
     ("5", "5"), ("1,234", "1234"), ("$18$", "18"), (r"\$18.00", "18"), ("$18", "18 dollars"), ("18 dollars per day", "18"), ("18 eggs", "18"),

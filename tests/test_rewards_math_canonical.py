@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hostile_answers import hostile_responses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_dapo.rewards.math import canonical
+from tests.hostile_answers import hostile_responses
 
 SPELLINGS = [
     (r"\dfrac12", r"\frac{1}{2}", "1/2", "0.5", r"$\tfrac{2}{4}$", "½"),

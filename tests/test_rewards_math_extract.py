@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from math_pairs import NOT_STATED, STATED
 
 from nemo_dapo.rewards.math import verify
 from nemo_dapo.rewards.math.extract import find_answer
+from tests.math_pairs import NOT_STATED, STATED
 
 GSM8K_PATTERN = r"(?m)^A:[ \t]*(.+)$"
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hostile_answers import TRUTH, hostile_responses
 
 from nemo_dapo.config import RewardConfig, RewardStyle, RewardTermConfig
 from nemo_dapo.rewards.pool import RewardPool
 from nemo_dapo.rewards.pool.flow import Gate
 from nemo_dapo.rewards.shaping import score_of
 from nemo_dapo.types import Prompt, Sample, Verdict
+from tests.hostile_answers import TRUTH, hostile_responses
 from tests.tiny import said, tiny_tokenizer
 
 pytestmark = pytest.mark.slow

@@ -78,7 +78,7 @@ def test_it_doubles_each_minute_while_the_cache_was_never_full() -> None:
 def test_it_stays_while_the_cache_is_full_enough_or_something_waits_or_nothing_is_wanted(
     said: dict[str, float],
 ) -> None:
-    assert look(begun(), **said) == 80  # type: ignore[arg-type]
+    assert look(begun(), **said) == 80
 
 
 def test_once_the_cache_was_full_only_finished_samples_make_room() -> None:

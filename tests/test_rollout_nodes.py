@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import socket
@@ -232,7 +233,7 @@ def test_work_that_comes_after_the_end_is_refused_and_not_left_unawaited():
     late = nothing()
     with pytest.raises(RuntimeError, match="the loop of hub has ended"):
         loop.submit(late)
-    assert late.cr_frame is None
+    assert inspect.getcoroutinestate(late) == inspect.CORO_CLOSED
 
 
 def test_where_rank_0_is_found_follows_where_it_listens(monkeypatch):

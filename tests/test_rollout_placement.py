@@ -19,8 +19,9 @@ from safetensors.numpy import save_file
 from nemo_dapo.config import Placement, Precision, RolloutConfig
 from nemo_dapo.rollout.engine import VLLMEngine
 from nemo_dapo.rollout.fleet import SickError
+from nemo_dapo.rollout.nodes import ServingNodes
 from nemo_dapo.rollout.weights.store import DATA, read_table
-from nemo_dapo.types import Prompt, SamplingParams
+from nemo_dapo.types import Prompt, Sample, SamplingParams
 from tests.agents import LEASE, agent_of, start_keeper
 from tests.stand_in_server import wait_for
 from tests.stand_in_vllm import interpreter
@@ -60,9 +61,11 @@ class Cluster:
         self.keepers[name] = start_keeper(name, self.run_file)
 
     def start(self) -> None:
+        nodes = self.engine.servers
+        assert isinstance(nodes, ServingNodes)
         for slot, name in enumerate(("n1", "n2")):  # places are taken in the order of arrival
             self.begin(name)
-            assert wait_for(lambda: self.engine.servers.hub.nodes[slot] is not None, NODE_SECONDS)  # noqa: B023
+            assert wait_for(lambda: nodes.hub.nodes[slot] is not None, NODE_SECONDS)  # noqa: B023
         self.engine.start_servers()
 
     def kill(self, name: str) -> None:
@@ -84,13 +87,13 @@ class Cluster:
     def sampled(self, groups: int = 8) -> set[int]:
         """The versions of the weights under which so many groups were answered, all of them whole."""
 
-        async def many() -> list[list[object]]:
-            calls = (self.engine.generate(PROMPT, 2, SamplingParams(max_tokens=4)) for _ in range(groups))
-            return await asyncio.gather(*calls)  # type: ignore[arg-type]
+        async def many() -> list[list[Sample]]:
+            calls = [self.engine.generate(PROMPT, 2, SamplingParams(max_tokens=4)) for _ in range(groups)]
+            return await asyncio.gather(*calls)
 
         samples = [sample for group in asyncio.run(many()) for sample in group]
         assert len(samples) == 2 * groups
-        return {span.version for sample in samples for span in sample.versions}  # type: ignore[attr-defined]
+        return {span.version for sample in samples for span in sample.versions}
 
     def update(self, version: int) -> None:
         self.engine.update_weights([("w", torch.full((2,), float(version)))], version)

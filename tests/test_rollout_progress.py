@@ -25,7 +25,7 @@ def begun(
 
 
 def add(progress: Progress, ids: list[int], logprob: float = -0.5, newest: int = 3) -> None:
-    progress.add(np.int32(ids), np.full(len(ids), logprob, np.float32), newest)
+    progress.add(np.array(ids, np.int32), np.full(len(ids), logprob, np.float32), newest)
 
 
 def ended(progress: Progress, ids: list[int], *versions: VersionSpan) -> Answer:
@@ -137,7 +137,7 @@ def test_the_draft_follows_the_sample_and_another_progress_goes_on_from_it() -> 
 
 @pytest.mark.parametrize("ids", [[2] * 8, [2, 1], [9]])
 def test_a_draft_that_cannot_be_the_beginning_is_begun_anew(ids: list[int]) -> None:
-    sample = Sample(np.int32(ids), np.zeros(len(ids), np.float32), "abort", (VersionSpan(1, 0, len(ids)),))
+    sample = Sample(np.array(ids, np.int32), np.zeros(len(ids), np.float32), "abort", (VersionSpan(1, 0, len(ids)),))
     progress = Progress(EXPECTED, True, Counts(), crosses=True, draft=Draft(sample))
     assert progress.begin(3, is_updating=False).tolist() == []
 

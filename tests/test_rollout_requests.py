@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,12 +26,17 @@ from tests.stand_in_server import StandInServers
 PROMPT, PARAMS = Prompt("p", (9, 9), "", ""), SamplingParams(max_tokens=8)
 
 
+def bring(on_tokens: Callable[[np.ndarray, np.ndarray], None], ids: list[int], logprobs: list[float]) -> None:
+    on_tokens(np.array(ids, np.int32), np.array(logprobs, np.float32))
+
+
 class OneServer:
     """Stands for upkeep and fleet; the first request brings three tokens, one behind a push, and its server is gone."""
 
     def __init__(self) -> None:
         self.member = SimpleNamespace(index=0, life=Life(asyncio.get_running_loop().create_future()))
-        self.fleet, self.version, self.paused, self.asked = self, 0, [], [None]
+        self.fleet, self.version, self.asked = self, 0, [None]
+        self.paused: list[str] = []
         self.bodies: list[dict[str, Any]] = []
 
     def describe(self, index: int) -> str:
@@ -53,12 +59,12 @@ class OneServer:
     async def sample(self, http: Any, server: Any, body: bytes, expected: Expected, on_tokens: Any) -> Ending:
         self.bodies.append(json.loads(body))
         if len(self.bodies) == 1:
-            on_tokens(np.int32([2]), np.float32([-1.0]))
-            on_tokens(np.int32([3]), np.float32([-1.5]))
+            bring(on_tokens, [2], [-1.0])
+            bring(on_tokens, [3], [-1.5])
             self.version = 1
-            on_tokens(np.int32([7]), np.float32([-1.5]))  # under which weights it does not say
+            bring(on_tokens, [7], [-1.5])  # under which weights it does not say
             raise ServerUnavailableError("gone")
-        on_tokens(np.int32([4, 1]), np.float32([-0.25, -0.5]))
+        bring(on_tokens, [4, 1], [-0.25, -0.5])
         return Ending("stop", (VersionSpan(1, 0, 2),))
 
 
@@ -94,9 +100,9 @@ def test_what_a_server_had_sent_before_it_broke_an_answer_off_is_gone_on_with(mo
         async def sample(self, http: Any, server: Any, body: bytes, expected: Expected, on_tokens: Any) -> Ending:
             self.bodies.append(json.loads(body))
             if len(self.bodies) == 1:
-                on_tokens(np.int32([2, 3]), np.float32([-1.0, -1.5]))
+                bring(on_tokens, [2, 3], [-1.0, -1.5])
                 return Ending("abort", (VersionSpan(0, 0, 2),))
-            on_tokens(np.int32([4, 1]), np.float32([-0.25, -0.5]))
+            bring(on_tokens, [4, 1], [-0.25, -0.5])
             return Ending("stop", (VersionSpan(0, 0, 2),))
 
     async def course() -> None:
@@ -149,7 +155,7 @@ class Unsteady:
         if draw < 0.2:
             self.servers.dead |= {self.random.randrange(len(self.servers))} if draw < 0.05 else set()
             raise ServerUnavailableError("gone")
-        on_tokens(np.int32([4, 1]), np.float32([-0.25, -0.5]))
+        bring(on_tokens, [4, 1], [-0.25, -0.5])
         return Ending("stop", (VersionSpan(0, 0, 2),))
 
     async def turns(self, most: int) -> None:

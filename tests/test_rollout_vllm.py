@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nemo_dapo.rollout import client, control, wire
 from nemo_dapo.rollout.engine import VLLMEngine
+from nemo_dapo.rollout.nodes import RemoteServer
 from nemo_dapo.rollout.weights.direct import Direct
 from nemo_dapo.rollout.weights.plan import Seat, Target
 from nemo_dapo.rollout.weights.push import Held, damage, push_weights
@@ -317,7 +318,7 @@ def test_a_killed_server_is_restarted_with_the_newest_weights_and_goes_on_with_w
     """At temperature 0, so that the whole must be what an undisturbed server answers; then it is killed."""
     model, request_body = hf_model(tiny_models["tied"], change=0.2), client.request_body
 
-    def in_small_frames(*args: object) -> bytes:
+    def in_small_frames(*args: Any) -> bytes:
         body = json.loads(request_body(*args))
         body["sampling_params"] |= {"stream_interval": 32, "ignore_eos": True, "stop_token_ids": []}
         return json.dumps(body).encode()
@@ -369,13 +370,17 @@ def test_the_route_sends_the_experts_that_an_engine_tells_before_the_end():
                 yield SimpleNamespace(finished=finished, outputs=[said])
 
     async def sent() -> bytes:
-        return b"".join([frame async for frame in vllm_route.frames(Engine(), {}, VLLMParams(), 0)])
+        return b"".join(
+            [frame async for frame in vllm_route.frames(Engine(), {"prompt_token_ids": [1]}, VLLMParams(), 0)]
+        )
 
     reader = wire.FrameReader(3, routes.nbytes)
     frames = list(reader.feed(asyncio.run(sent())))
     reader.close()
     assert [frame.kind for frame in frames] == [wire.TOKENS, wire.ROUTES, wire.FINAL]
-    assert np.array_equal(wire.routes_of(frames[1].extra, frames[2].final["routes"]), routes)
+    read_back = wire.routes_of(frames[1].extra, frames[2].final["routes"])
+    assert read_back is not None
+    assert np.array_equal(read_back, routes)
 
 
 def test_of_requests_that_wait_the_earlier_group_s_is_served_first_though_it_came_last(vllm_engine):
@@ -443,6 +448,7 @@ def check_refusal(engine: VLLMEngine) -> None:
     """A bit that flips in the node's memory is found, by the name of its tensor, while the server serves; later it is found
     at the load, and the server is not resumed."""
     folder, server = Path(engine.servers.places()[0].folder), engine.servers.servers[0]
+    assert isinstance(server, RemoteServer)
     table = read_table(folder)
     victim = table.entries[len(table.entries) // 2]
     with (folder / DATA).open("r+b") as file:

@@ -221,7 +221,8 @@ class Speaker:
     """Puts whatever a test says to a receiver."""
 
     def __init__(self, place: Place) -> None:
-        self.connection = http.client.HTTPConnection(*place.address.split(":"), timeout=20)  # type: ignore[arg-type]
+        host, port = place.address.split(":")
+        self.connection = http.client.HTTPConnection(host, int(port), timeout=20)
 
     def put(self, what: str, body: bytes, checksum: int | None = None) -> tuple[int, str]:
         if checksum is None:

@@ -45,7 +45,9 @@ def test_what_is_encoded_is_read_back_bit_for_bit_in_pieces_of_any_size(
     lengths = [*before, last]  # the last frame alone may bring no token
     data = stream(lengths, seed)
     frames = read([data[i : i + size] for i in range(0, len(data), size)])
-    again = b"".join(wire.encode(f.kind, f.number, f.first, f.token_ids, f.logprobs, f.extra) for f in frames)
+    again = b"".join(
+        wire.encode(f.kind, f.number, f.first, f.token_ids.tolist(), f.logprobs.tolist(), f.extra) for f in frames
+    )
     assert again == data
     assert [len(f.token_ids) for f in frames] == lengths
     total, said = sum(lengths), frames[-1].final
@@ -118,7 +120,7 @@ def routed_stream(routes: np.ndarray, tokens: int) -> bytes:
 @pytest.mark.parametrize("rows", [0, 3, 5000])
 def test_routes_are_read_back_whatever_their_size(dtype: type, rows: int) -> None:
     """5,000 rows of 60 layers with 8 experts are more than two frames hold."""
-    routes = np.random.default_rng(rows).integers(0, np.iinfo(dtype).max, (rows, 60, 8)).astype(dtype)
+    routes: np.ndarray = np.random.default_rng(rows).integers(0, np.iinfo(dtype).max, (rows, 60, 8)).astype(dtype)
     data = routed_stream(routes, 4)
     for size in (len(data), 70_001):
         reader = wire.FrameReader(MAX_TOKENS, routes.nbytes)

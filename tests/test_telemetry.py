@@ -20,6 +20,7 @@ from nemo_dapo.telemetry.metrics import (
     Last,
     Max,
     Mean,
+    Metric,
     Min,
     Record,
     Sum,
@@ -33,7 +34,7 @@ from nemo_dapo.telemetry.sinks import Console, MetricsJsonl, Sinks, TensorBoardS
 
 
 def test_each_type_reduces_in_its_own_way() -> None:
-    records = [
+    records: list[dict[str, Metric]] = [
         {"m": Mean(6.0, 3), "s": Sum(1.0), "hi": Max(2.0), "lo": Min(2.0), "l": Last(0.1)},
         {"m": Mean(1.0, 1), "s": Sum(4.0), "hi": Max(5.0), "lo": Min(-3.0), "l": Last(0.2)},
         {"m": Mean(1.0, 4), "s": Sum(2.0), "hi": Max(4.0), "lo": Min(0.0), "l": Last(0.3)},

@@ -231,7 +231,12 @@ def test_a_stop_between_two_steps_saves_once(tmp_path: Path) -> None:
     stub = StoppedInTheRollout(stop)
     made = trainer(stub, tmp_path)
     made.stop = stop
-    made.save_when_due = lambda: (made.save(made.state()), stop.set())  # type: ignore[method-assign]
+
+    def save_and_stop() -> None:
+        made.save(made.state())
+        stop.set()
+
+    made.save_when_due = save_and_stop  # type: ignore[method-assign]
     made.fit()
     assert made.progress.rollout_steps == 1
     assert stub.calls.count("save") == 1

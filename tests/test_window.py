@@ -49,7 +49,8 @@ def sequential(course: Course, steps: int) -> list[Step]:
     """The steps of one who samples a group at a time and looks at each in order."""
     front, limit, found = 0, math.ceil(course.max_attempts * course.num_groups), []
     for _ in range(steps):
-        kept, end = [], front
+        kept: list[int] = []
+        end = front
         while len(kept) < course.num_groups and end < front + limit:
             if course.outcome(end):
                 kept.append(end)
@@ -182,7 +183,7 @@ def test_where_few_groups_are_informative_the_bound_is_far_from_being_reached() 
 class Full(Window):
     """Filled up to its bound on age, however many steps are decided."""
 
-    expected = 0.0  # type: ignore[assignment]
+    expected = 0.0
 
 
 def test_where_servers_are_faster_than_the_trainer_groups_are_not_begun_long_before_their_step() -> None:

@@ -21,7 +21,7 @@ from transformers import (
 
 from nemo_dapo.types import Sample
 
-FAMILIES = {
+FAMILIES: dict[str, type[Any]] = {
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
