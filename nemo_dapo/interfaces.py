@@ -122,6 +122,11 @@ class RolloutEngine(Protocol):
         """Have the servers load what the ranks sent; must follow `begin_update`."""
         ...
 
+    @property
+    def must_repeat(self) -> bool:
+        """Whether all servers died of the last update to their devices and are back without it: it must be sent again."""
+        ...
+
     def sleep(self) -> None:
         """Give up the device, weights included, where the servers share it with the trainer."""
         ...

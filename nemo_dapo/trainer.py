@@ -35,7 +35,7 @@ from nemo_dapo.coordination import (
     never,
     share_batch,
 )
-from nemo_dapo.interfaces import NonFiniteGradientError, Policy
+from nemo_dapo.interfaces import NonFiniteGradientError, Policy, RolloutEngine
 from nemo_dapo.losses import load_loss_fn
 from nemo_dapo.parity import Parity
 from nemo_dapo.phase import Phase
@@ -235,21 +235,36 @@ class DAPOTrainer:
             raise found_alike(error)
 
     def sync_weights(self) -> None:
-        """Give vLLM the new weights, under the rollout step as their version. Every rank takes part in the export."""
-        engine = None if self.controller is None else self.controller.engine
+        """Give vLLM the new weights, under the rollout step as their version. Every rank takes part in the export.
+
+        What goes to devices nobody keeps: where the servers died of it, those that were started anew are sent it again,
+        which their fleet bounds.
+        """
         with self.timed("sync"):
-            self.stages.enter(Stage.sync)
-            if self.sender.direct and not self.sender.has_looked:
-                with found_by_all():
-                    self.sender.look(self.policy.export_weights(), DTYPES[self.config.model.precision])
-            plan = self.share_plan(engine.begin_update(self.progress.rollout_steps, self.seats) if engine else None)
-            sent = self.sender.send(self.policy.export_weights(), plan, dist.get_rank())
-            everyone = [Sent.of_json(one) for one in gather_json(sent.as_json(), self.group)]
+            self.send_weights()
+            while self.sender.direct and is_true_anywhere(bool(self.engine and self.engine.must_repeat), self.group):
+                self.stages.enter(Stage.score)  # servers sleep: from here the order is the usual one
+                self.send_weights()
+
+    def send_weights(self) -> None:
+        engine = self.engine
+        self.stages.enter(Stage.sync)
+        if self.sender.direct and not self.sender.has_looked:
             with found_by_all():
-                require_accepted(everyone)
-            if engine is not None:
-                engine.finish_update(everyone)
-            self.stages.enter(Stage.generate)
+                self.sender.look(self.policy.export_weights(), DTYPES[self.config.model.precision])
+        plan = self.share_plan(engine.begin_update(self.progress.rollout_steps, self.seats) if engine else None)
+        sent = self.sender.send(self.policy.export_weights(), plan, dist.get_rank())
+        everyone = [Sent.of_json(one) for one in gather_json(sent.as_json(), self.group)]
+        with found_by_all():
+            require_accepted(everyone)
+        if engine is not None:
+            engine.finish_update(everyone)
+        self.stages.enter(Stage.generate)
+
+    @property
+    def engine(self) -> RolloutEngine | None:
+        """On rank 0."""
+        return None if self.controller is None else self.controller.engine
 
     def share_plan(self, plan: UpdatePlan | None) -> UpdatePlan:
         """Rank 0's, on every rank."""

@@ -13,6 +13,8 @@ from nemo_dapo.types import Prompt
 class FakeEngine:
     """A RolloutEngine but for `generate`, which each test writes: no server is updated, put to sleep or asked."""
 
+    must_repeat = False
+
     def begin_update(self, version: int, seats: Sequence[Seat]) -> UpdatePlan:
         return UpdatePlan(version, "", 0.0, "")
 

@@ -198,6 +198,7 @@ class StandInServers:
     """What the engine uses of ServingNodes; a `dead` server, or a sick one, is well after `restart` by its cure."""
 
     def __init__(self, *urls: str) -> None:
+        self.api_key = "k"
         self.headers = {"Authorization": "Bearer k"}
         self.servers = [
             SimpleNamespace(url=url, log_path=Path(f"server_{i}.log"), node="here") for i, url in enumerate(urls)

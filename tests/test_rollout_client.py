@@ -36,7 +36,7 @@ from nemo_dapo.rollout.received import Received
 from nemo_dapo.rollout.requests import MAX_LATE, MAX_LOST, MAX_TRIES
 from nemo_dapo.rollout.weights import verify
 from nemo_dapo.rollout.weights.ledger import Ledger
-from nemo_dapo.rollout.weights.plan import Sent
+from nemo_dapo.rollout.weights.plan import Outcome, Sent, Target
 from nemo_dapo.rollout.weights.send import Sender
 from nemo_dapo.sampling import GroupSampler
 from nemo_dapo.types import Prompt, Sample, SamplingParams, Verdict, VersionSpan
@@ -577,6 +577,24 @@ def test_a_server_is_not_restarted_with_weights_that_are_gone(engine_over):
     with pytest.raises(ValueError, match="1 missing: w"):
         engine.finish_update([Sent(refusal="1 missing: w")])
     with pytest.raises(RuntimeError, match="the last update failed, so there are no weights"):
+        generate(engine)
+    assert servers.restarts == []
+
+
+def test_the_only_server_that_dies_while_it_samples_ends_the_run_with_what_would_have_kept_its_weights(
+    start, engine_over
+):
+    server = start()
+    server.otherwise = current
+    servers = StandInServers(server.url)
+    engine = engine_over(servers)
+    engine.upkeep.target = lambda index: Target("vLLM server 0", server.url, ("GPU-0",))
+    engine.begin_update(1)
+    engine.finish_update([Sent((Outcome("vLLM server 0", "digest"),))])
+    assert not engine.must_repeat
+    assert len(generate(engine)) == 1
+    servers.dead, server.otherwise = {0}, stand.close
+    with pytest.raises(RuntimeError, match=r"is sick .* until the next update, .*rollout.transport=host keeps a copy"):
         generate(engine)
     assert servers.restarts == []
 

@@ -27,9 +27,11 @@ import nemo_dapo
 from nemo_dapo.config import Placement, Precision, RolloutConfig, Transport
 from nemo_dapo.hf_folder import expected_weights
 from nemo_dapo.rollout import engine as engine_module
+from nemo_dapo.rollout import fleet as fleet_module
 from nemo_dapo.rollout import sharing
 from nemo_dapo.rollout.agent import REFUSED
 from nemo_dapo.rollout.engine import VLLMEngine
+from nemo_dapo.rollout.fleet import SickError
 from nemo_dapo.rollout.host import node_name
 from nemo_dapo.rollout.weights import broadcast, servers
 from nemo_dapo.rollout.weights.direct import Direct
@@ -129,6 +131,15 @@ class Run:
             everyone = [Sent.of_json(json.loads(json.dumps(send.result(60).as_json()))) for send in sends]
         self.engine.finish_update(everyone)
         return everyone
+
+    def sync(self, version: int, midway: Callable[[], None] = lambda: None) -> int:
+        """As `DAPOTrainer.sync_weights`, until somebody has them: how many times. Only the first has a `midway`."""
+        self.update(version, midway)
+        self.engine.wake_up()
+        if not self.engine.must_repeat:
+            return 1
+        self.train()
+        return 1 + self.sync(version)
 
     def train(self) -> None:
         """The servers' part of it: they sleep, and then have room for weights again."""
@@ -251,6 +262,42 @@ def test_servers_on_gpus_of_their_own_receive_broadcasts_and_one_that_stands_sti
     assert run.has_all(1, 4, 2)
     assert run.loaded(0)["joins"] == 3
     assert run.sampled() == {4}
+
+
+ALONE = {"ranks": 1, "placement": Placement.dedicated, "nodes": 1, "vllm": {"tensor_parallel_size": 2}}
+SHARED = {"ranks": 2, "num_servers": 2, "vllm": {"enable_sleep_mode": True}}
+
+
+@pytest.mark.parametrize(("options", "names"), [(ALONE, ["n1"]), (SHARED, [])], ids=["alone", "shared"])
+def test_where_no_server_outlives_an_update_those_that_are_started_anew_are_sent_it_again(
+    options, names, a_run, caplog, monkeypatch
+):
+    """Dead before it, or in its middle; one server by NCCL, awake, or two on the trainer's GPUs, which sleep in between."""
+    run = a_run(**options)
+    run.begin(*names)
+    fleet, workers = run.engine.upkeep.fleet, 2 if names else 1
+
+    def kill_all() -> None:
+        for member in fleet.members:
+            run.server(member.index).kill()
+
+    assert run.sync(1) == 1
+    assert run.sampled() == {1}
+    run.train()
+    kill_all()
+    assert run.sync(2) == 2
+    assert "no server has weights 2; they are sent again" in caplog.text
+    assert run.sampled() == {2}
+    run.train()
+    assert run.sync(3, midway=kill_all) == 2
+    assert [run.state(member.index) for member in fleet.members] == ["serving"] * len(fleet.members)
+    assert all(run.has_all(member.index, 3, workers) for member in fleet.members)
+    assert run.sampled() == {3}
+
+    monkeypatch.setattr(fleet_module, "MAX_RESTARTS", 0)  # as after so many in a row
+    run.train()
+    with pytest.raises(SickError, match=r"vLLM server 0 .* is sick after 0 restart\(s\) in a row"):
+        run.sync(4, midway=kill_all)
 
 
 def test_a_node_with_another_nccl_than_the_trainer_s_is_refused_when_it_registers(a_run, tmp_path):

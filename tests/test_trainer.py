@@ -253,6 +253,10 @@ class ToDevices(Stub):
         self.calls.append("export")
         yield "weight", torch.zeros(self.size)
 
+    @property
+    def must_repeat(self) -> bool:
+        return False
+
     def begin_update(self, version: int, seats: Any) -> UpdatePlan:
         assert seats == [Seat(node_name(), "GPU-0")]
         self.calls.append(f"weights {version}")
@@ -281,6 +285,29 @@ def test_weights_for_devices_are_looked_at_once_before_any_server_is_told_of_the
     with pytest.raises(ValueError, match=r"weight \(5,\) instead of \(4,\).*nothing was replaced"):
         trainer(stub, tmp_path, transport=Transport.device).sync_weights()
     assert stub.calls[-1] == "export"
+
+
+class DyingOfUpdates(ToDevices):
+    """Its servers have the weights after the third time that they are sent."""
+
+    @property
+    def must_repeat(self) -> bool:
+        return self.calls.count("weights 7") < 3
+
+
+def test_weights_that_no_server_lived_to_take_are_sent_again_in_the_order_of_the_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "gpu_uuid", lambda: "GPU-0")
+    monkeypatch.setattr(direct, "GPU", HostMemory)
+    stub = DyingOfUpdates(4)
+    made = trainer(stub, tmp_path, transport=Transport.device)
+    made.progress.rollout_steps = 7
+    made.sync_weights()
+    once = ["wake weights", "weights 7", "export", "wake up"]
+    looked = ["wake weights", "export", "weights 7", "export", "wake up"]
+    assert stub.calls == [*looked, "sleep", *once, "sleep", *once]
+    assert stub.stage is Stage.generate
 
 
 def trainer(stub: Stub, folder: Path, transport: Transport = Transport.host, **algorithm: Any) -> DAPOTrainer:

@@ -75,5 +75,5 @@ class Calls:
             httpx.TransportError,
             ConnectionError,
         ) as broken:  # the former no OSError, as who restarts servers expects
-            problem = f"{type(broken).__name__}: {broken}"
+            problem = f"{type(broken).__name__}: {broken}".rstrip(": ")
             raise control.ServerDiedError(f"{who}: it was to {purpose}: {problem}") from broken

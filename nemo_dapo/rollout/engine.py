@@ -147,6 +147,11 @@ class VLLMEngine:
         return self.upkeep.version
 
     @property
+    def must_repeat(self) -> bool:
+        """Whether no server has the last update, and one that was started anew can take it."""
+        return self.upkeep.must_repeat
+
+    @property
     def restarts(self) -> int:
         """Restarts of servers so far."""
         return self.upkeep.restarts

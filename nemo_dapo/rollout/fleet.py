@@ -237,8 +237,8 @@ class Fleet:
         """One try; raises what `restart` does."""
         member.restarts += 1
         member.all_restarts += 1
-        tries = f"try {member.restarts} of {MAX_RESTARTS} before it is given up"
-        log.error("restarting %s, %s (%s): %s", self.describe(member.index), tries, past, fault)
+        who, tries = self.describe(member.index), f"try {member.restarts} of {MAX_RESTARTS} before it is given up"
+        log.error("restarting %s, %s (%s): %s", who, tries, past, fault.removeprefix(f"{who}: "))
         await asyncio.to_thread(self.restart, member.index, fault)
 
     def _give_up(self, member: Member, fault: str) -> None:

@@ -66,6 +66,8 @@ class ReplayEngine:
         self.step, self._groups, self._handed_out = version + 1, None, 0
         return UpdatePlan(version, "", 0.0, "")
 
+    must_repeat = False
+
     def finish_update(self, everyone: Sequence[Sent]) -> None:
         """Nothing was sent."""
 

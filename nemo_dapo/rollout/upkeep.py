@@ -4,6 +4,8 @@
              are checked against -> load, resume
 
 With `rollout.transport=device` servers pause before the ranks send, since they are sent into the weights that they serve.
+No node keeps a copy: a server that is started anew has none until the next update, or, where no other has them, until the
+ranks have sent this one again.
 
 An answer's tokens are of the weights that the server names for them, and must not be older than the newest when the request
 was sent. So nothing may generate under the old ones once a request can expect the new.
@@ -23,17 +25,18 @@ from typing import Any, NamedTuple, TypeVar
 import httpx
 
 from nemo_dapo.config import InflightCache, RolloutConfig
-from nemo_dapo.rollout import admission, client, control, wire
+from nemo_dapo.rollout import client, control, fresh
 from nemo_dapo.rollout.admission import Reading
 from nemo_dapo.rollout.attached import AttachedServers
 from nemo_dapo.rollout.calls import Calls
-from nemo_dapo.rollout.fleet import Fleet, HopelessError
+from nemo_dapo.rollout.fleet import Fleet, HopelessError, SickError
+from nemo_dapo.rollout.fresh import INITIAL_VERSION
 from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.member import Life, Member
 from nemo_dapo.rollout.nodes import ServingNodes
 from nemo_dapo.rollout.servers import ServersClosedError
 from nemo_dapo.rollout.weights import push
-from nemo_dapo.rollout.weights.ledger import DamagedWeightsError, Ledger, NoWeightsError
+from nemo_dapo.rollout.weights.ledger import Ledger, NoWeightsError
 from nemo_dapo.rollout.weights.plan import Seat, Sent, Target, UpdatePlan, seated
 from nemo_dapo.rollout.weights.push import Held
 from nemo_dapo.tasks import all_or_none
@@ -41,9 +44,11 @@ from nemo_dapo.tasks import all_or_none
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-INITIAL_VERSION = 0  # of the weights in the model's folder, until the first update
 AWAY_SECONDS = 0.25  # between two looks at whether the node of a server that is worked on is still there
-METRICS_SECONDS = 4.0  # for a server to answer /metrics; one that does not has made no progress that we know of
+NO_COPY = (
+    ", which no other server brings about (start the same command again: it goes on from the last checkpoint; "
+    "rollout.transport=host keeps a copy, and of two servers one would have gone on)"
+)
 STARTING, ASLEEP, UPDATE = "start", "sleep", "weight update"  # why servers may be silent or gone for a while
 WEIGHTS, CACHE = "weights", "kv_cache"  # what a server can wake by itself, as vLLM names it
 
@@ -78,6 +83,7 @@ class Upkeep:
         self.version = INITIAL_VERSION
         self.restarts = 0
         self.pause_seconds = 0.0  # of all updates so far: servers generated nothing
+        self.must_repeat = False  # the last update: no server has it, and one that was started anew can take it
         # Of requests in flight, over an update. Without any there is nothing to keep.
         self.keeps_cache = config.max_staleness > 0 and config.inflight_cache is InflightCache.keep
         self._calls = Calls(config, servers)
@@ -141,9 +147,31 @@ class Upkeep:
                     self._hold_all(members, push.pause)
                 self.version = version
             self._run(all_or_none([self._update(*held) for held in self._holds]))
+            if not self.asleep:
+                self._run(self._see_who_has_it())
             self.pause_seconds += time.monotonic() - self._held_at
         finally:
             self.paused.remove(UPDATE)
+
+    async def _see_who_has_it(self) -> None:
+        """Set `must_repeat`, where nobody has the update once those are there that are being started anew.
+
+        Raises SickError where too few servers are left, RuntimeError where none is there to take it.
+        """
+        if self.target is None:
+            return
+        fleet = self.fleet
+        await asyncio.sleep(0)  # restarts that were left to themselves have begun
+        if not any(fleet.can_serve(one) and not one.is_down for one in fleet.members):
+            await all_or_none([self._while_there(one, fleet.settled(one)) for one in fleet.members])
+        if fleet.too_few.done():
+            raise SickError(fleet.too_few.result())
+        there = [one for one in fleet.members if not (one.is_down or one.given_up)]
+        if not there:
+            raise self.ledger.nobody()
+        self.must_repeat = all(one.is_stale for one in there)
+        if self.must_repeat:
+            log.warning("no server has weights %d; they are sent again to those that were started anew", self.version)
 
     def _damage(self, held: Mapping[str, Held]) -> dict[str, str]:
         """By node, what is wrong with the weights that it holds; servers generate meanwhile."""
@@ -276,6 +304,7 @@ class Upkeep:
         unwell, self._unwell = self._unwell, {}
         faults = [(self.fleet.members[index], *what) for index, what in unwell.items()]
         self._run(all_or_none([self._repair(*what) for what in faults]))
+        self._run(self._see_who_has_it())
         self.paused[:] = [reason for reason in self.paused if reason != ASLEEP]
 
     def _everywhere(self, route: str, params: dict[str, str]) -> None:
@@ -323,17 +352,24 @@ class Upkeep:
             log.warning("%s serves again after the next weight update: %s", self.describe(index), none)
 
     def _require_hope(self, index: int, fault: str) -> None:
-        """Raise HopelessError where a server would have no weights, and nobody else would bring the next update about."""
+        """Raise HopelessError where a server would have no weights, and nobody else would bring the next update about.
+
+        What goes to devices is sent again while servers do nothing else: see `must_repeat`.
+        """
         try:
             with self.ledger.loading(self.node_of(index)):
                 return
         except NoWeightsError as none:
-            if not any(self.fleet.can_serve(other) for other in self.fleet.members if other.index != index):
-                raise HopelessError(f"{none}; {fault}") from none
+            is_sent_again = self.target is not None and (self.must_repeat or bool(self.paused))
+            if not is_sent_again and not any(
+                self.fleet.can_serve(other) for other in self.fleet.members if other.index != index
+            ):
+                remedy = NO_COPY if self.target is not None else ""
+                raise HopelessError(f"{none}{remedy}; {fault}") from none
 
     def prepare(self, index: int, held: Held | None = None) -> None:
         """What a fresh server needs once: the transfer engine, its version, and the weights that its node holds."""
-        agree, purpose = functools.partial(self._agree, held), "take what a fresh server needs"
+        agree, purpose = functools.partial(fresh.agree, held), "take what a fresh server needs"
         server, reading = asyncio.run(self._calls.call(index, purpose, agree, self._calls.for_weights))
         if not server.has_frames:
             log.warning(
@@ -345,35 +381,10 @@ class Upkeep:
         self.fleet.members[index].version = held.version if held else INITIAL_VERSION
         self.fleet.members[index].admission.begin(reading)
 
-    async def _agree(
-        self, held: Held | None, http: httpx.AsyncClient, deadline: float
-    ) -> tuple[client.Server, Reading]:
-        await control.call(http, "POST", "/init_weight_transfer_engine", deadline, json={"init_info": {}})
-        reports = await push.reports_versions(http, deadline)
-        await push.set_version(http, INITIAL_VERSION, deadline)
-        has_frames = (await control.ask(http, "POST", wire.ROUTE, deadline, json={})).status == 400
-        if held:
-            if wrong := await push.damage(http, held, deadline):
-                raise DamagedWeightsError(wrong)
-            try:
-                await push.push_weights(http, held, deadline)
-            except RuntimeError as refused:
-                raise HopelessError(f"a fresh server refuses the weights: {refused}") from refused
-        url = str(http.base_url).rstrip("/")
-        return client.Server(url, has_frames, reports), await _read_metrics(http) or Reading()
-
     async def look(self, index: int) -> Reading | None:
         """What the server's /metrics say; None where it does not answer."""
         async with control.client(self.asked[index].url) as http:
-            return await _read_metrics(http)
+            return await fresh.read_metrics(http)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._loop.submit(work).result()
-
-
-async def _read_metrics(http: httpx.AsyncClient) -> Reading | None:
-    try:
-        reply = await control.ask(http, "GET", "/metrics", time.monotonic() + METRICS_SECONDS)
-    except (TimeoutError, ConnectionError, httpx.HTTPError, RuntimeError):
-        return None
-    return admission.read(reply.text)

@@ -68,7 +68,7 @@ class Ledger:
 
         `look` says, by node, what is wrong with what arrived there. Raises ValueError where the export was not the served
         model, RuntimeError where no node has the weights or two nodes have other ones; then no server loads anything any
-        more.
+        more. What no server's devices have is no error here: it can be sent again.
         """
         assert self._plan is not None
         try:
@@ -101,7 +101,9 @@ class Ledger:
                 why = "it lost what it held" if node in self._held else "the last update failed"
                 if self._plan and self._plan.is_direct:
                     why = "no node keeps a copy of what goes straight to devices (rollout.transport=device)"
-                raise NoWeightsError(f"{why}, so there are no weights for a server of node {node}")
+                raise NoWeightsError(
+                    f"{why}, so there are no weights for a server of node {node} until the next update"
+                )
             self._loading += 1
         try:
             yield held
@@ -126,6 +128,11 @@ class Ledger:
         """Why the last update did not reach a server's devices; "" where it did, or was not to."""
         return self._faults.get(server, "")
 
+    def nobody(self) -> RuntimeError:
+        """What to raise where nobody has the last update, and nobody can have it."""
+        assert self._plan is not None
+        return nobody_has(self._plan, self._faults)
+
     def _of(self, node: str) -> Held | None:
         held = (self._held or {}).get(node)
         return held if held and any(p.node == node and p.folder == held.folder for p in self.places()) else None
@@ -140,12 +147,12 @@ class Ledger:
 def arrived(plan: UpdatePlan, everyone: Sequence[Sent]) -> dict[str, Held]:
     """What each node, or server, holds that received everything.
 
-    Raises RuntimeError unless it is one and the same, on one of them at least.
+    Raises RuntimeError unless it is one and the same, and on one node at least.
     """
     folders = {one.place.node: one.place.folder for one in plan.deliveries} | {one.name: "" for one in plan.targets}
     outcomes = [one for sent in everyone for one in sent.outcomes]
     whole = {one.name: one.digest for one in outcomes if not one.fault}
-    if folders and not whole:
+    if plan.deliveries and not whole:
         raise nobody_has(plan, {one.name: one.fault for one in outcomes})
     if len(set(whole.values())) > 1:
         raise RuntimeError(
@@ -158,4 +165,7 @@ def arrived(plan: UpdatePlan, everyone: Sequence[Sent]) -> dict[str, Held]:
 def nobody_has(plan: UpdatePlan, faults: Mapping[str, str]) -> RuntimeError:
     said = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
     who = "server" if plan.is_direct else "serving node"
-    return RuntimeError(f"no {who} received the weights of version {plan.version}: {said}")
+    return RuntimeError(
+        f"no {who} received the weights of version {plan.version}: {said}; once one can, start the same command again: it "
+        "goes on from the last checkpoint"
+    )
