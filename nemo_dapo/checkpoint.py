@@ -30,6 +30,7 @@ from nemo_dapo.coordination import found_alike
 from nemo_dapo.digests import FileDigest
 from nemo_dapo.files import set_aside as number_aside
 from nemo_dapo.interfaces import Policy, TakenPolicy
+from nemo_dapo.types import OpenGroup
 
 log = logging.getLogger(__name__)
 
@@ -103,15 +104,18 @@ class Writing:
         self.place, self.beside = directory / _name(step), directory / f".{_name(step)}.writing"
         self.leads = dist.get_rank() == 0
         self.own: list[Path] = []  # files beside the policy's
+        self.window: Sequence[OpenGroup] = ()  # to be written to another
         self.share: Future[dict[str, Any]] = Future()  # digests of the files that this rank wrote, by name
 
     def take(self, policy: Savable, state: Mapping[str, Any] | None, *, portable: bool, apart: bool) -> None:
-        """What is to be written; of the policy as in `Policy.take`, `state` at once."""
+        """What is to be written; of the policy as in `Policy.take`, of the `state` all but the window at once."""
 
         def begin() -> None:
             if self.leads:
                 _make_empty(self.directory, self.beside)
-                self.own = _write_state(self.beside, {"step": self.step} | dict(state or {}))
+                own = {"step": self.step} | dict(state or {})
+                self.window = tuple(own.pop("window", ()))  # its groups stay as they are, and are gigabytes
+                self.own = [_write_state(self.beside, own)]
 
         def take() -> None:
             self.taken = policy.take(self.beside / "policy", portable=portable, apart=apart)
@@ -123,9 +127,16 @@ class Writing:
     def write(self) -> None:
         """This rank's share; what fails is raised by `finish`."""
         try:
-            self.share.set_result(self._digests(self.own + self.taken.write()))
+            self.share.set_result(self._digests(self.own + self._write_window() + self.taken.write()))
         except Exception as error:
             self.share.set_exception(error)
+
+    def _write_window(self) -> list[Path]:
+        window, self.window = self.window, ()  # they are not needed for longer
+        if not window:
+            return []
+        window_file.write(self.beside / window_file.NAME, window)
+        return [self.beside / window_file.NAME]
 
     def is_over(self) -> bool:
         """Whether every rank has written its share, or one has failed to: `finish` waits for hardly anything."""
@@ -190,14 +201,10 @@ def _make_empty(directory: Path, beside: Path) -> None:
     (beside / "policy").mkdir(parents=True)
 
 
-def _write_state(beside: Path, state: Mapping[str, Any]) -> list[Path]:
-    """What a run needs beside the policy; returns the files. They may change as soon as this returns: on the disk later."""
-    files = [beside / "state.json"]
-    files[0].write_text(json.dumps({key: one for key, one in state.items() if key != "window"}))
-    if state.get("window"):
-        files.append(beside / window_file.NAME)
-        window_file.write(files[1], state["window"])
-    return files
+def _write_state(beside: Path, state: Mapping[str, Any]) -> Path:
+    """What a run needs beside policy and window; returns the file. It is on the disk later, but `state` may change now."""
+    (beside / "state.json").write_text(json.dumps(state))
+    return beside / "state.json"
 
 
 def _complete(beside: Path, place: Path, files: Mapping[str, FileDigest]) -> None:

@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nemo_dapo import checkpoint, digests
+from nemo_dapo import checkpoint, digests, window_file
+from nemo_dapo.types import OpenGroup, Prompt, Sample, VersionSpan
 
 
 class StubPolicy:
@@ -438,6 +439,70 @@ def test_a_kill_while_it_is_written_leaves_the_one_before_and_what_the_next_one_
     save(tmp_path, 6, number=6, keep=1)
     assert names(tmp_path) == ["step_000006"]
     policy.may_write.set()  # its thread ends
+
+
+def of_tokens(*token_ids: int) -> OpenGroup:
+    sample = Sample(token_ids, [-0.5] * len(token_ids), "abort", (VersionSpan(1, 0, len(token_ids)),))
+    return OpenGroup(token_ids[0], Prompt("u", (3,), "1+1", "2"), None, (sample,))
+
+
+def on_the_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of files and folders that are waited for, or renamed, from now on."""
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        sync(descriptor)
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    def replaced(old: Path, new: Path) -> None:
+        replace(old, new)
+        done.append(f"to {Path(new).name}")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    return done
+
+
+def test_the_window_is_written_behind_the_training_and_is_on_the_disk_before_the_checkpoint_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 2)
+    writers, may_write, write, done = [], threading.Event(), window_file.write, on_the_disk(monkeypatch)
+
+    def held(path: Path, window: Sequence[OpenGroup]) -> None:
+        writers.append(threading.current_thread().name)
+        may_write.wait(20)
+        write(path, window)
+
+    monkeypatch.setattr(window_file, "write", held)
+    window = [of_tokens(5, 6, 7), of_tokens(8)]
+    writing = behind(tmp_path, 4, StubPolicy(4), {"window": window, "answer": 4})
+    taken = list(window)
+    window.clear()  # the training goes on
+    assert not writing.is_over()
+    assert checkpoint.choose(tmp_path, None) == 2
+    may_write.set()
+    writing.finish(keep=2)
+    assert writers == ["checkpoint"]
+    assert checkpoint.read_state(tmp_path, 4) == {"step": 4, "answer": 4, "window": taken}
+    assert checkpoint.verify(tmp_path / "step_000004", None) == []
+    counts = done.index("to step_000004")
+    assert {window_file.NAME, "state.json", "number", digests.NAME} <= set(done[:counts])
+
+
+def test_a_window_that_finds_no_room_costs_the_new_checkpoint_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, window: Sequence[OpenGroup]) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    save(tmp_path, 2)
+    monkeypatch.setattr(window_file, "write", full)
+    writing = behind(tmp_path, 4, StubPolicy(4), {"window": [of_tokens(5)]})
+    with pytest.raises(checkpoint.CheckpointError, match=r"step_000004 was not written.*window.safetensors"):
+        writing.finish(keep=1)
+    assert names(tmp_path) == ["step_000002"]
 
 
 def test_what_fails_behind_the_training_is_said_when_it_is_finished(tmp_path: Path) -> None:
