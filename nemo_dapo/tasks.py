@@ -29,7 +29,7 @@ async def within(seconds: float, call: Coroutine[Any, Any, T]) -> T:
     try:
         done, _ = await asyncio.wait({task}, timeout=seconds)
         if not done:
-            raise asyncio.TimeoutError
+            raise asyncio.TimeoutError(f"nothing came of it within {seconds:.3g} s")
         return task.result()
     finally:
         task.cancel()

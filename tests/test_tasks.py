@@ -38,7 +38,7 @@ def test_what_takes_longer_has_ended_when_the_error_comes() -> None:
             ended.append("slow")
 
     async def course() -> None:
-        with pytest.raises(asyncio.TimeoutError):
+        with pytest.raises(asyncio.TimeoutError, match=r"nothing came of it within 0\.01 s"):
             await within(0.01, slow())
         assert ended == ["slow"]
 

@@ -105,7 +105,8 @@ class Receiver(ThreadingHTTPServer):
             raise RefusedError(HTTPStatus.CONFLICT, f"version {version} was not begun by this sender, or ended since")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.warning("receiving weights from %s failed", client_address, exc_info=True)
+        said = "receiving weights from %s failed, at byte %d of version %d"
+        log.warning(said, client_address, self.end, self.version, exc_info=True)
 
 
 class Handler(BaseHTTPRequestHandler):
