@@ -242,7 +242,7 @@ def test_the_newest_tokens_have_a_gap_of_their_own() -> None:
     assert measured([micro]).keys() == found.keys() - {"gap_newest", "gap_newest_max"}  # of no tokens there is none
 
 
-def test_the_newest_tokens_figures_are_those_of_a_whole_look_at_them_of_newestto_the_bit(
+def test_the_newest_tokens_figures_are_those_of_a_whole_look_at_them_alone_to_the_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     looks, whole = [], algorithm.logprob_gap
