@@ -71,9 +71,7 @@ class Calls:
         except TimeoutError as late:
             within = f"within {limit.option}={limit.seconds:g} s"
             raise TimeoutError(f"{who}: it did not {purpose} {within} ({late})") from late
-        except (
-            httpx.TransportError,
-            ConnectionError,
-        ) as broken:  # the former no OSError, as who restarts servers expects
+        except (httpx.TransportError, ConnectionError) as broken:
+            # httpx's is no OSError, as who restarts servers expects.
             problem = f"{type(broken).__name__}: {broken}".rstrip(": ")
             raise control.ServerDiedError(f"{who}: it was to {purpose}: {problem}") from broken
