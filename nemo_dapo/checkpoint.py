@@ -80,7 +80,7 @@ def save(
 
 
 def save_behind(
-    directory: Path, step: int, policy: Policy, state: Mapping[str, Any] | None, *, group: Any, portable: bool
+    directory: Path, step: int, policy: Savable, state: Mapping[str, Any] | None, *, group: Any, portable: bool
 ) -> Writing:
     """As `save`, written by a thread while the policy trains on; complete, and counted, once `finish` was called.
 

@@ -389,7 +389,7 @@ def test_an_old_one_that_cannot_be_removed_does_not_cost_the_new_one(
 
 
 def behind(folder: Path, step: int, policy: StubPolicy, state: dict[str, object]) -> checkpoint.Writing:
-    return checkpoint.save_behind(folder, step, policy, state, group=None, portable=True)  # type: ignore[arg-type]
+    return checkpoint.save_behind(folder, step, policy, state, group=None, portable=True)
 
 
 def held_policy(number: int, *, fails: bool = False) -> StubPolicy:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 import psutil
@@ -205,8 +206,8 @@ def nodes(tmp_path: Path) -> Iterator[Callable[..., Nodes]]:
     """Opens hubs, and ends them with their agents after the test."""
     opened: list[Nodes] = []
 
-    def one(slots: int = 1, **options: object) -> Nodes:
-        opened.append(Nodes(tmp_path, slots, **options))  # type: ignore[arg-type]
+    def one(slots: int = 1, **options: Any) -> Nodes:
+        opened.append(Nodes(tmp_path, slots, **options))
         return opened[-1]
 
     yield one

@@ -64,8 +64,8 @@ def start() -> Iterator[Callable[..., StandIn]]:
     """Starts stand-ins, and ends them after the test."""
     started: list[StandIn] = []
 
-    def one(*args: object, **kwargs: object) -> StandIn:
-        started.append(StandIn(*args, **kwargs))  # type: ignore[arg-type]
+    def one(*args: Any, **kwargs: Any) -> StandIn:
+        started.append(StandIn(*args, **kwargs))
         return started[-1]
 
     yield one
@@ -78,8 +78,8 @@ def engine_over() -> Iterator[Callable[..., VLLMEngine]]:
     """Builds engines over stand-ins, with a store of one small weight, and closes them after the test."""
     engines: list[VLLMEngine] = []
 
-    def build(servers: StandInServers, mixture: Mixture | None = None, **options: object) -> VLLMEngine:
-        config = RolloutConfig(max_prompt_length=4, max_response_length=4, **options)  # type: ignore[arg-type]
+    def build(servers: StandInServers, mixture: Mixture | None = None, **options: Any) -> VLLMEngine:
+        config = RolloutConfig(max_prompt_length=4, max_response_length=4, **options)
         ledger, sender = Ledger(servers.places, "float32"), Sender(lambda: ExpectedWeights({"w": (2,)}))
         sizes = [1], VOCABULARY, mixture
         engines.append(VLLMEngine(config, servers, ledger, sender, *sizes))  # type: ignore[arg-type]

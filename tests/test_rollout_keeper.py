@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,8 +22,8 @@ from tests.test_rollout_agent import closed_address, gone
 def run(tmp_path: Path) -> Iterator[Callable[..., Nodes]]:
     opened: list[Nodes] = []
 
-    def one(**options: object) -> Nodes:
-        opened.append(Nodes(tmp_path, **options))  # type: ignore[arg-type]
+    def one(**options: Any) -> Nodes:
+        opened.append(Nodes(tmp_path, **options))
         return opened[-1]
 
     yield one

@@ -76,9 +76,8 @@ def gap(model: PreTrainedModel, samples: list[Sample], temperature: float = 1.0)
     return torch.cat(differences).abs().mean().item()
 
 
-def sample(engine: VLLMEngine, n: int = 8, **params: float) -> list[Sample]:
-    options = {"max_tokens": 48, **params}
-    return asyncio.run(engine.generate(PROMPT, n, SamplingParams(**options)))  # type: ignore[arg-type]
+def sample(engine: VLLMEngine, n: int = 8, *, max_tokens: int = 48, **params: Any) -> list[Sample]:
+    return asyncio.run(engine.generate(PROMPT, n, SamplingParams(max_tokens=max_tokens, **params)))
 
 
 def push(engine: VLLMEngine, model: PreTrainedModel) -> int:

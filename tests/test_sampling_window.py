@@ -492,9 +492,10 @@ def trained(folder: Path, m: int, max_steps: int, resumed: int | None = None, *,
     config.logger.progress, config.checkpoint.every, config.checkpoint.keep = False, 1, 0
     stub, sink, loader = Ahead(), Records(), Prompts()
     eval_sets = {"held_out": held_out}
-    controller = Controller(config, folder, stub, stub, loader, eval_sets, sink, lambda ids: [""] * len(ids))  # type: ignore[arg-type]
+    prompts: Any = loader  # what a controller asks of it beyond the protocol, it has too
+    controller = Controller(config, folder, stub, stub, prompts, eval_sets, sink, lambda ids: [""] * len(ids))
     try:
-        DAPOTrainer(config, folder, stub, controller, None, resumed=resumed).fit()  # type: ignore[arg-type]
+        DAPOTrainer(config, folder, stub, controller, None, resumed=resumed).fit()
     finally:
         controller.close()
     return Trained(stub, sink.records, loader.judged)

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,10 @@ class Stub:
     def finish_update(self, everyone: Any) -> None:
         assert everyone == [Sent()]
 
+    @property
+    def must_repeat(self) -> bool:
+        return False
+
     def sleep(self) -> None:
         self.calls.append("sleep")
 
@@ -143,13 +147,16 @@ class Stub:
     def owners(self, lengths: torch.Tensor, minibatches: Any) -> torch.Tensor:
         return torch.zeros_like(lengths)
 
-    def logprobs(self, batch: Any, minibatches: Any) -> torch.Tensor:
+    def logprobs(self, batch: TrainBatch, minibatches: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
         self.calls.append("logprobs")
-        chosen = torch.cat(list(minibatches))
+        chosen = torch.arange(batch.num_sequences) if minibatches is None else torch.cat(list(minibatches))
         self.scored.append(chosen.tolist())
         scores, tokens = torch.zeros_like(batch.rollout_logprobs), batch.token_indices(chosen)
         scores[tokens] = self.scores(batch)[tokens]
         return scores
+
+    def reference_logprobs(self, batch: TrainBatch, minibatches: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
+        raise AssertionError("no run of these has a KL term, and so none a reference model")
 
     def scores(self, batch: TrainBatch) -> torch.Tensor:
         """[T] the trainer's: `gap` above the newest weights', and OLDER_GAP above those of older ones."""
@@ -253,10 +260,6 @@ class ToDevices(Stub):
         self.calls.append("export")
         yield "weight", torch.zeros(self.size)
 
-    @property
-    def must_repeat(self) -> bool:
-        return False
-
     def begin_update(self, version: int, seats: Any) -> UpdatePlan:
         assert seats == [Seat(node_name(), "GPU-0")]
         self.calls.append(f"weights {version}")
@@ -320,7 +323,8 @@ def trainer(stub: Stub, folder: Path, transport: Transport = Transport.host, **a
         optimizer=OptimizerConfig(max_refused_updates=2),
         evaluation=EvaluationConfig(every=0),
     )
-    return DAPOTrainer(config, folder, stub, stub, None)  # type: ignore[arg-type]
+    controller: Any = stub
+    return DAPOTrainer(config, folder, stub, controller, None)
 
 
 def model_folder(folder: Path) -> Path:
