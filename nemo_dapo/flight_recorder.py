@@ -2,7 +2,7 @@
 
 It is on unless TORCH_FR_BUFFER_SIZE is 0, for gloo and NCCL alike, and knows each group by its name, so that what a rank
 waits in can be said while it waits. What was captured in a CUDA graph, and the parts of a batch of sends, never count as
-ended there: a group's entries are therefore believed only behind the last one of it that ended.
+ended there: a group's entries are therefore believed only behind the last one of it that ended, and since a given time.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ class Unfinished:
         return time.time() - self.since > ABOUT_TO_END * self.timeout
 
 
-def unfinished() -> list[Unfinished]:
-    """What this rank has begun and not ended, the oldest first; of nothing where the recorder is off or has no answer."""
-    return sorted((one for entries in _records() for one in _unfinished_of(entries)), key=lambda one: one.since)
+def unfinished(since: float = 0.0) -> list[Unfinished]:
+    """What this rank has begun at `since`, by its clock, or later, and not ended, the oldest first; nothing where the
+    recorder is off or has no answer."""
+    found = (one for entries in _records() for one in _unfinished_of(entries) if one.since >= since)
+    return sorted(found, key=lambda one: one.since)
 
 
 def _records() -> Iterator[list[dict[str, Any]]]:

@@ -157,7 +157,7 @@ class Heartbeat:
         self.open = []
         if time.time() - self.phase.since < self.collective_timeout / 2:
             return ""
-        self.open = flight_recorder.unfinished()
+        self.open = flight_recorder.unfinished(self.phase.since)
         return str(self.open[0]) if self.open else "no collective"
 
     def _look(self) -> None:

@@ -93,6 +93,14 @@ def test_nothing_is_believed_before_the_last_of_a_group_that_ended(monkeypatch: 
     assert [one.number for one in unfinished()] == [8]
 
 
+def test_what_was_begun_before_the_phase_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of which a graph has captured all collectives has none that ended."""
+    recorded(monkeypatch, READERS[0], [entry(4, 0, retired=False), entry(9, 1, retired=False)])
+    recorded(monkeypatch, READERS[1], [])
+    assert [one.since for one in unfinished()] == [4.0, 9.0]
+    assert [one.since for one in unfinished(9.0)] == [9.0]
+
+
 def test_a_recorder_that_cannot_be_read_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: bool) -> str:
         raise RuntimeError("CUDA error: operation not permitted on an event last recorded in a capturing stream")
