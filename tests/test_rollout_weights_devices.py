@@ -172,12 +172,13 @@ class FakeWork:
 
 
 class FakeNCCL(NCCL):
-    """Of one rank. `hangs` makes it stop in its tracks, as SIGSTOP does: joined, but no collective any more."""
+    """Of one rank. `hangs` makes it stop in its tracks, as SIGSTOP does: joined, but no collective any more. With `buffers`
+    a broadcast is over for its sender once it has left, as NCCL's is when the next rank has room for all of it."""
 
     wires: ClassVar[dict[bytes, Wire]] = {}
 
-    def __init__(self, *, hangs: bool = False) -> None:
-        self.hangs, self.aborted = hangs, 0
+    def __init__(self, *, hangs: bool = False, buffers: bool = False) -> None:
+        self.hangs, self.buffers, self.aborted = hangs, buffers, 0
 
     def version(self) -> int:
         return VERSION
@@ -203,7 +204,8 @@ class FakeNCCL(NCCL):
         wire, step = communicator["wire"], communicator["step"]
         if communicator["rank"] == root:
             wire.data[step] = data.clone()
-            return self._collective(communicator, lambda: None)
+            work = self._collective(communicator, lambda: None)
+            return FakeWork(lambda: True) if self.buffers else work
         return self._collective(communicator, lambda: data.copy_(wire.data[step]))
 
     def _collective(self, communicator: Any, end: Callable[[], Any]) -> FakeWork:
@@ -293,9 +295,9 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(servers, "GRACE_SECONDS", 0.2)
 
 
-def carrier_to(*fakes: FakeServer) -> BroadcastCarrier:
+def carrier_to(*fakes: FakeServer, buffers: bool = False) -> BroadcastCarrier:
     make = functools.partial(Communicator, device="cpu")
-    return BroadcastCarrier([fake.target for fake in fakes], FakeCalls(*fakes), FakeNCCL(), make)
+    return BroadcastCarrier([fake.target for fake in fakes], FakeCalls(*fakes), FakeNCCL(buffers=buffers), make)
 
 
 def send(carrier: Any, *, before: Callable[[int], None] = lambda number: None) -> None:
@@ -369,7 +371,39 @@ def test_a_broadcast_that_never_returns_is_aborted_and_the_update_completes_with
     assert sizes == [5, 4]
 
 
-def test_a_server_that_refuses_a_piece_is_left_out_and_nobody_else_receives_anything_twice():
+@pytest.mark.parametrize("at", [0, 2, -1])
+def test_a_piece_that_has_left_its_sender_comes_again_to_those_behind_a_server_that_stands_still(at):
+    well, stopped = FakeServer("well", 2), FakeServer("stopped")
+    carrier = carrier_to(well, stopped, buffers=True)
+
+    def stop(number: int) -> None:
+        if number == at % len(sent()[0]):
+            stopped.is_stopped = True
+            stopped.nccls[0].hangs = True
+
+    send(carrier, before=stop)
+    assert list(carrier.dropped) == ["stopped"]
+    assert well.is_served
+
+
+def test_where_all_answer_that_a_broadcast_was_broken_off_they_join_anew_and_nobody_is_left_out():
+    """As where a worker's device is late: its process, which is well, answers like the others."""
+    well, late = FakeServer("well", 2), FakeServer("late")
+    carrier = carrier_to(well, late)
+
+    def hang_once(number: int) -> None:
+        if number == 2:
+            late.nccls[0].hangs = True
+            late.nccls[0] = FakeNCCL()  # of the next group
+
+    send(carrier, before=hang_once)
+    assert carrier.dropped == {}
+    assert well.is_served
+    assert late.is_served
+    assert [wire.world_size for wire in FakeNCCL.wires.values()] == [4, 4]
+
+
+def test_a_server_that_refuses_a_piece_is_left_out_and_nobody_else_takes_anything_twice():
     well, sick = FakeServer("well"), FakeServer("sick")
     sick.refuses_at = 1024
     carrier = carrier_to(well, sick)

@@ -74,7 +74,11 @@ class BroadcastCarrier:
             self._group = None
 
     def _broadcast(self, piece: Piece) -> bool:
-        """Whether all servers that are left have the piece; where one was lost, in a group without it."""
+        """Whether all servers that are left have the piece; where one was lost, in a group without it.
+
+        That it has left this rank does not say that it is there: who is behind a worker that hangs has nothing, and answers
+        in time that its broadcast was broken off.
+        """
         assert self._group is not None
         step = f"{named(self.targets)} had the piece of weights {self.version} at byte {piece.offset}"
         seconds = self.deadline.left(PIECE_SECONDS, step)
@@ -83,14 +87,13 @@ class BroadcastCarrier:
         calls = self.calls.begin(self.targets, "/update_weights", bodies, seconds)
         try:
             self._group.broadcast(piece.data, calls.deadline)
-            is_everywhere = True
         except TimeoutError as late:
             log.error("weights %d, byte %d: %s", self.version, piece.offset, late)
-            is_everywhere = False
+            self._leave()
         if faults := calls.faults():
             self._drop(faults)
-        if faults or not is_everywhere:
-            self._form_group()
+        is_everywhere = self._group is not None
+        self._form_group()
         return is_everywhere
 
     def _form_group(self) -> None:
