@@ -164,8 +164,7 @@ class Heartbeat:
         if not self.has_judged and self.store.check([VERDICT]):
             self._end(self.store.get(VERDICT).decode(), speaks=False)
         if (asked := self.store.add(ASKED, 0)) > self.stacks_given:
-            self.stacks_given = asked
-            self._write_stacks("asked for by a rank that waits")
+            self._give_stacks(asked)
         now = time.monotonic()
         found = self._read(self.watched)
         for rank, beat in found.items():
@@ -181,7 +180,7 @@ class Heartbeat:
         if not self.first_to_say(f"waits long in {self.phase.name} of step {self.phase.step}"):
             return
         late = self.open[0]
-        self.store.add(ASKED, 1)
+        self._give_stacks(self.store.add(ASKED, 1))
         log.error(
             f"rank {self.rank} waits since {late.since_when()} in {late}, which PyTorch ends after {late.timeout:.0f} s "
             f"(parallel.timeout_minutes): {survey(self._read(range(self.world)), [])}; "
@@ -210,6 +209,10 @@ class Heartbeat:
             time.sleep(0.1)
             self._try(lambda: written.append(self.store.add(WRITTEN, 0)))
         self.end(f"{message}; stacks of those that could write them are in {self.errors}", speaks)
+
+    def _give_stacks(self, asked: int) -> None:
+        self.stacks_given = asked
+        self._write_stacks("asked for by a rank that waits")
 
     def _write_stacks(self, message: str) -> None:
         self.errors.mkdir(parents=True, exist_ok=True)

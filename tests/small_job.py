@@ -23,7 +23,7 @@ from nemo_dapo.ending import Ending
 from nemo_dapo.heartbeat import Heartbeat
 
 FOLDER, HELD, OPTIONS = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-GROUP_TIMEOUT = 6.0 if "stuck" in OPTIONS else 600.0  # seconds; ours is to be the first to notice
+GROUP_TIMEOUT = 15.0 if "stuck" in OPTIONS else 600.0  # seconds; otherwise the heartbeat is to be the first to notice
 HEARTBEAT_TIMEOUT = 3.0
 
 

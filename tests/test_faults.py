@@ -24,7 +24,7 @@ from nemo_dapo.heartbeat import hosts_in_words
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 120.0  # seconds, on a busy machine; the limits of the job itself are 3 to 6 s
+PATIENCE = 120.0  # seconds, on a busy machine; the limits of the job itself are 3 to 15 s
 
 
 @dataclass
@@ -133,7 +133,7 @@ def test_a_rank_that_lives_but_stands_elsewhere_is_shown_where_it_is_when_a_coll
     assert "in step" in job.stacks(1)
     waits = r"gloo:all_reduce \d+ of the test's group"
     (warning,) = [line for line in job.console.splitlines() if line.startswith("rank 0 waits since ")]
-    assert re.search(rf" in {waits}, which PyTorch ends after 6 s \(parallel.timeout_minutes\): ", warning)
+    assert re.search(rf" in {waits}, which PyTorch ends after 15 s \(parallel.timeout_minutes\): ", warning)
     assert re.search(rf"rank 1 in sync of step 2 on {host} since \S+, in no collective; ", warning)
     assert re.search(rf"rank 0 in update of step 2 on {host} since \S+, in {waits}; ", warning)
     for rank in (0, 1):
