@@ -22,7 +22,7 @@ def _rank(rank: int, folder: Path) -> None:
     group = dist.new_group(timeout=datetime.timedelta(seconds=200), group_desc="tests")
     assert group is not None
     dist.all_reduce(torch.ones(1), group=group)
-    assert unfinished() == []
+    wait_until_all_ended()
     if rank == 0:
         began = time.time()
         work = dist.all_reduce(torch.ones(1), group=group, async_op=True)
@@ -36,11 +36,15 @@ def _rank(rank: int, folder: Path) -> None:
         while not (folder / "seen").exists():
             time.sleep(0.01)
         dist.all_reduce(torch.ones(1), group=group)
-    deadline = time.monotonic() + 60
-    while unfinished() and time.monotonic() < deadline:  # a thread of gloo's says that it has ended
+    wait_until_all_ended()
+    dist.destroy_process_group()
+
+
+def wait_until_all_ended() -> None:
+    deadline = time.monotonic() + 60  # a thread of gloo's says so
+    while unfinished() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert unfinished() == []
-    dist.destroy_process_group()
 
 
 def test_a_collective_is_unfinished_until_all_ranks_have_come(tmp_path: Path) -> None:
