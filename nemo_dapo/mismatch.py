@@ -19,11 +19,8 @@ from nemo_dapo.telemetry.metrics import EffectiveShare, Max, Mean, Metric
 
 SUMS = ("gap", "gap_kl", "weight", "weight_squared", "tokens", "gap_newest", "tokens_newest")
 LARGEST = ("gap_max", "gap_newest_max")
-NEWEST = {
-    "gap": "gap_newest",
-    "tokens": "tokens_newest",
-    "gap_max": "gap_newest_max",
-}  # what they are called of newest tokens
+# What they are called of the newest weights' tokens.
+NEWEST = {"gap": "gap_newest", "tokens": "tokens_newest", "gap_max": "gap_newest_max"}
 
 Reduce = Callable[[Tensor, dist.ReduceOp.RedOpType], Tensor]
 """The tensor over all ranks."""
