@@ -21,22 +21,25 @@ from pathlib import Path
 import numpy as np
 
 from nemo_dapo.phase import Phase
-from nemo_dapo.rollout.weights.plan import Seat, Sent, UpdatePlan
-from nemo_dapo.types import Prompt, Sample, SamplingParams
+from nemo_dapo.rollout.weights.plan import Seat, UpdatePlan
+from nemo_dapo.types import Draft, Prompt, Sample, SamplingParams
+from tests.fakes import FakeEngine
 
 FOLDER, PHASE, SECONDS, ENGINE = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4]
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_dapo.py"
 STEP = 2
 
 
-class ScriptedEngine:
+class ScriptedEngine(FakeEngine):
     """Random byte tokens at log-probability 0: what is sampled does not matter here."""
 
     version = 0
     servers = ()
     door = None
 
-    async def generate(self, prompt: Prompt, n: int, params: SamplingParams) -> list[Sample]:
+    async def generate(
+        self, prompt: Prompt, n: int, params: SamplingParams, drafts: Sequence[Draft] = ()
+    ) -> list[Sample]:
         return [self._sample(random.randrange(4, 17)) for _ in range(n)]
 
     @staticmethod
@@ -47,17 +50,6 @@ class ScriptedEngine:
     def begin_update(self, version: int, seats: Sequence[Seat]) -> UpdatePlan:
         self.version = version
         return UpdatePlan(version, "float32", 0.0, "")
-
-    def finish_update(self, everyone: Sequence[Sent]) -> None: ...
-
-    def sleep(self) -> None: ...
-
-    def wake_weights(self) -> None: ...
-
-    def wake_up(self) -> None: ...
-
-    def metrics(self) -> dict[str, float]:
-        return {}
 
     def close(self) -> None: ...
 

@@ -35,9 +35,6 @@ class Unfinished:
     def __str__(self) -> str:
         return f"{self.operation} {self.number} of {self.group}"
 
-    def since_when(self) -> str:
-        return time.strftime("%T", time.localtime(self.since))
-
     def is_about_to_end(self) -> bool:
         return time.time() - self.since > ABOUT_TO_END * self.timeout
 

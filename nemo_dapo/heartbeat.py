@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from nemo_dapo import flight_recorder
 from nemo_dapo.flight_recorder import Unfinished
-from nemo_dapo.phase import Phase
+from nemo_dapo.phase import Phase, clock
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ class Beat:
     waits: str = ""  # for which collective, in a phase that lasts long
 
     def __str__(self) -> str:
-        since = time.strftime("%T", time.localtime(self.since))
-        return f"{self.phase} of step {self.step} on {self.host} since {since}" + (self.waits and f", in {self.waits}")
+        place = f"{self.phase} of step {self.step} on {self.host} since {clock(self.since)}"
+        return place + (self.waits and f", in {self.waits}")
 
 
 class Heartbeat:
@@ -182,7 +182,7 @@ class Heartbeat:
         late = self.open[0]
         self._give_stacks(self.store.add(ASKED, 1))
         log.error(
-            f"rank {self.rank} waits since {late.since_when()} in {late}, which PyTorch ends after {late.timeout:.0f} s "
+            f"rank {self.rank} waits since {clock(late.since)} in {late}, which PyTorch ends after {late.timeout:.0f} s "
             f"(parallel.timeout_minutes): {survey(self._read(range(self.world)), [])}; "
             f"the stacks of all ranks are in {self.errors}"
         )
@@ -219,7 +219,7 @@ class Heartbeat:
         with (self.errors / f"rank_{self.rank}.stacks").open("a") as file:
             at = f"{self.phase.name} of step {self.phase.step}"
             file.write(f"{time.strftime('%F %T')} rank {self.rank}, {at}: {message}\n")
-            file.writelines(f"not ended, since {one.since_when()}: {one}\n" for one in self.open)
+            file.writelines(f"not ended, since {clock(one.since)}: {one}\n" for one in self.open)
             file.flush()
             faulthandler.dump_traceback(file)
             file.write("\n")

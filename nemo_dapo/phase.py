@@ -9,6 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
+def clock(at: float) -> str:
+    """The time of day of a moment of time.time(), on this rank's host."""
+    return time.strftime("%T", time.localtime(at))
+
+
 @dataclass
 class Phase:
     """What a rank is at: written by its main thread, read by its heartbeat."""

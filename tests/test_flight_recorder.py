@@ -41,7 +41,7 @@ def _rank(rank: int, folder: Path) -> None:
 
 
 def wait_until_all_ended() -> None:
-    deadline = time.monotonic() + 60  # a thread of gloo's says so
+    deadline = time.monotonic() + 60  # a thread of gloo's, or NCCL's watchdog, says so
     while unfinished() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert unfinished() == []

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from benchmarks.gpu.table import ROWS
 from nemo_dapo.flight_recorder import unfinished
 from nemo_dapo.megatron import logprobs as module
 from nemo_dapo.megatron.logprobs import score_targets
+from tests.test_flight_recorder import wait_until_all_ended
 from tests.tiny import save_tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -44,20 +44,13 @@ def test_a_collective_behind_a_busy_kernel_is_unfinished_until_it_has_run(group:
     ones = torch.ones(1, device="cuda")
     dist.all_reduce(ones, group=group)
     torch.cuda.synchronize()
-    wait_for_no_open_collective()
+    wait_until_all_ended()
     torch.cuda._sleep(3 * 10**9)  # cycles: a second and more
     dist.all_reduce(ones, group=group, async_op=True)
     (found,) = unfinished()
     assert found.operation == "nccl:all_reduce"
     torch.cuda.synchronize()
-    wait_for_no_open_collective()
-
-
-def wait_for_no_open_collective() -> None:
-    deadline = time.monotonic() + 60  # NCCL's watchdog marks them, several times a second
-    while unfinished() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert unfinished() == []
+    wait_until_all_ended()
 
 
 def inputs(tokens: int, vocab: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -271,6 +271,11 @@ class FakeServer:
             raise RuntimeError("HTTP 500 CUDA out of memory")
         self.loaded[worker] |= dict(self.incoming[worker].receive(info["version"], piece))
 
+    def stop(self) -> None:
+        """As SIGSTOP does: no answer, and no collective, any more."""
+        self.is_stopped = True
+        self.nccls[0].hangs = True
+
     @property
     def is_served(self) -> bool:
         return self.is_complete and all(is_whole(loaded) for loaded in self.loaded)
@@ -355,8 +360,7 @@ def test_a_broadcast_that_never_returns_is_aborted_and_the_update_completes_with
 
     def stop(number: int) -> None:
         if number == 2:
-            stopped.is_stopped = True
-            stopped.nccls[0].hangs = True
+            stopped.stop()
 
     send(carrier, before=stop)
     assert list(carrier.dropped) == ["stopped"]
@@ -378,8 +382,7 @@ def test_a_piece_that_has_left_its_sender_comes_again_to_those_behind_a_server_t
 
     def stop(number: int) -> None:
         if number == at % len(sent()[0]):
-            stopped.is_stopped = True
-            stopped.nccls[0].hangs = True
+            stopped.stop()
 
     send(carrier, before=stop)
     assert list(carrier.dropped) == ["stopped"]

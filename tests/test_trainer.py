@@ -266,11 +266,14 @@ class ToDevices(Stub):
         return UpdatePlan(version, "bfloat16", 9.0, "", is_direct=True)
 
 
-def test_weights_for_devices_are_looked_at_once_before_any_server_is_told_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def _host_memory_for_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_module, "gpu_uuid", lambda: "GPU-0")
     monkeypatch.setattr(direct, "GPU", HostMemory)
+
+
+@pytest.mark.usefixtures("_host_memory_for_devices")
+def test_weights_for_devices_are_looked_at_once_before_any_server_is_told_of_them(tmp_path: Path) -> None:
     stub = ToDevices(4)
     made = trainer(stub, tmp_path, transport=Transport.device)
     for version in range(2):
@@ -298,11 +301,8 @@ class DyingOfUpdates(ToDevices):
         return self.calls.count("weights 7") < 3
 
 
-def test_weights_that_no_server_lived_to_take_are_sent_again_in_the_order_of_the_stages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trainer_module, "gpu_uuid", lambda: "GPU-0")
-    monkeypatch.setattr(direct, "GPU", HostMemory)
+@pytest.mark.usefixtures("_host_memory_for_devices")
+def test_weights_that_no_server_lived_to_take_are_sent_again_in_the_order_of_the_stages(tmp_path: Path) -> None:
     stub = DyingOfUpdates(4)
     made = trainer(stub, tmp_path, transport=Transport.device)
     made.progress.rollout_steps = 7

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from nemo_dapo.config import RolloutConfig
 from nemo_dapo.rollout.command import choose_key
 from nemo_dapo.rollout.host import node_name
-from nemo_dapo.rollout.servers import SECONDS_BETWEEN_WORDS, ServersClosedError, is_healthy
+from nemo_dapo.rollout.servers import SECONDS_BETWEEN_WORDS, ServersClosedError, is_healthy, of_start_timeout
 from nemo_dapo.rollout.weights.plan import Place
 from nemo_dapo.rollout.weights.store import WeightStore
 
@@ -74,7 +74,7 @@ class AttachedServers:
                 )
             if now - said > SECONDS_BETWEEN_WORDS:
                 said = now
-                waited = f"{now - began:.0f} s of rollout.start_timeout={self.config.start_timeout:.0f} s"
+                waited = of_start_timeout(now - began, self.config)
                 print(f"{self.describe(server.index)}: not healthy yet, waited for {waited}", flush=True)
 
     def alive(self, index: int) -> bool:

@@ -30,7 +30,7 @@ from nemo_dapo.rollout.keeper import AGENT_LOG, AgentKeeper
 from nemo_dapo.rollout.loop import LoopThread
 from nemo_dapo.rollout.messages import Plan, ServerState, options_said
 from nemo_dapo.rollout.run_file import RUN_FILE, Door, choose_token, write_run_file
-from nemo_dapo.rollout.servers import END_GRACE_SECONDS, ServersClosedError
+from nemo_dapo.rollout.servers import END_GRACE_SECONDS, ServersClosedError, of_start_timeout
 from nemo_dapo.rollout.weights.plan import Place, Target
 from nemo_dapo.tasks import all_or_none, within
 
@@ -216,7 +216,7 @@ class ServingNodes:
                 raise RuntimeError(self._refusals() or self.keeper.failed)
             if (now := time.monotonic()) - said > SECONDS_BETWEEN_WORDS:
                 said = now
-                waited = f"{now - started:.0f} s of rollout.start_timeout={self.config.start_timeout:.0f} s"
+                waited = of_start_timeout(now - started, self.config)
                 print(f"vLLM servers: starting for {waited}; {self.describe_start()}", flush=True)
         if not future.done():
             future.cancel()

@@ -29,6 +29,8 @@ class ReplayEngine:
     where the run takes another course than the recorded one.
     """
 
+    must_repeat = False
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.step = 1
@@ -65,8 +67,6 @@ class ReplayEngine:
             )
         self.step, self._groups, self._handed_out = version + 1, None, 0
         return UpdatePlan(version, "", 0.0, "")
-
-    must_repeat = False
 
     def finish_update(self, everyone: Sequence[Sent]) -> None:
         """Nothing was sent."""

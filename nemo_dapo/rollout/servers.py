@@ -227,7 +227,7 @@ class VLLMServers:
                 return
             if now - said > SECONDS_BETWEEN_WORDS:
                 said = now
-                waited = f"{now - started:.0f} s of rollout.start_timeout={self.config.start_timeout:.0f} s"
+                waited = of_start_timeout(now - started, self.config)
                 print(f"vLLM server {server.index}: starting for {waited}, {server.log_path}", flush=True)
             self.closing.wait(0.2)
         raise TimeoutError(
@@ -262,6 +262,11 @@ class VLLMServers:
             process.kill()
             process.wait()
         kill_session(str(server.session_path))  # a guardian that was killed leaves the process with the model
+
+
+def of_start_timeout(seconds: float, config: RolloutConfig) -> str:
+    """How long servers have been waited for, and of what."""
+    return f"{seconds:.0f} s of rollout.start_timeout={config.start_timeout:.0f} s"
 
 
 async def is_healthy(url: str, key: str, port: int) -> bool:

@@ -107,10 +107,8 @@ class CUDAIPCCarrier:
 
     def carry(self, piece: Piece) -> None:
         """`piece.data` begins where one of the buffers does, and all work on it is done."""
-        buffer, what = (
-            self.places.index(piece.data.data_ptr()),
-            f"the piece of weights {self.version} at byte {piece.offset}",
-        )
+        buffer = self.places.index(piece.data.data_ptr())
+        what = f"the piece of weights {self.version} at byte {piece.offset}"
         self.meet(self.deadline.left(MEET_SECONDS, f"every rank of the host had {what}"))
         info = piece_info(self.version, piece, PIECE_SECONDS)
         self._tell([{**info, "handles": self._handles(target, buffer)} for target in self.targets], what)
